@@ -1,0 +1,1 @@
+"""The frozen output head fused with the cross-entropy loss."""

@@ -1,0 +1,1 @@
+"""A frozen linear layer with a different LoRA on each token range."""

@@ -1,0 +1,1 @@
+"""The mixture of LoRA experts inside a gated feed-forward layer."""

@@ -1,0 +1,36 @@
+"""MoE-PEFT: fine-tune many adapters at once on one frozen LLaMA-family model."""
+
+import importlib.util
+from pathlib import Path
+
+if importlib.util.find_spec("moe_peft.kernels") is None:
+    # An uninstalled checkout, or an install shadowed by one: `kernels/` lies beside the package, not inside it.
+    __path__.append(str(Path(__file__).resolve().parent.parent))
+
+from moe_peft.adapters import LoraConfig, MixLoraConfig
+from moe_peft.model.batch import BatchConfig, ModelInput, ModelOutput
+from moe_peft.model.config import LlamaConfig, RopeScaling
+from moe_peft.model.llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaEmbedding,
+    LlamaForCausalLM,
+    LlamaMLP,
+)
+from moe_peft.version import __version__
+
+__all__ = [
+    "BatchConfig",
+    "LlamaAttention",
+    "LlamaConfig",
+    "LlamaDecoderLayer",
+    "LlamaEmbedding",
+    "LlamaForCausalLM",
+    "LlamaMLP",
+    "LoraConfig",
+    "MixLoraConfig",
+    "ModelInput",
+    "ModelOutput",
+    "RopeScaling",
+    "__version__",
+]

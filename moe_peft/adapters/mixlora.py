@@ -1,0 +1,255 @@
+"""MixLoRA: a router sends every token to its top-k LoRA experts on a shared frozen FFN (https://arxiv.org/abs/2404.15159).
+
+Letters: N tokens of one adapter, D model, F ffn, E experts, K top-k, R rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from moe_peft import ops
+from moe_peft.adapters.lora import (
+    ATTENTION_PROJECTIONS,
+    FFN_PROJECTIONS,
+    LoraConfig,
+    lora_weights,
+    target_linears,
+)
+from moe_peft.adapters.router_losses import AUX_LOSS_TYPES, router_loss, z_loss
+from moe_peft.model.batch import Segment, expert_name
+from moe_peft.model.draws import generator_for
+from moe_peft.model.forward import ForwardBatch
+from moe_peft.model.linear import wide_dtype
+
+if TYPE_CHECKING:
+    from moe_peft.model.llama import LlamaForCausalLM, LlamaMLP
+
+MAX_EXPERTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixLoraConfig(LoraConfig):
+    """Settings of a MixLoRA adapter: LoRA on the attention targets, experts on the gate, up and down targets.
+
+    Raises:
+        ValueError: on a value outside its rule, or target modules without a feed-forward projection.
+    """
+
+    num_experts: int = field(default=8, metadata={"help": f"experts a layer, 1..{MAX_EXPERTS}"})
+    top_k: int = field(default=2, metadata={"help": "experts a token goes to, 1..num_experts"})
+    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "weight of the load-balancing loss"})
+    router_aux_loss_type: str = field(default="balance", metadata={"help": f"one of {', '.join(AUX_LOSS_TYPES)}"})
+    router_z_loss_coef: float = field(default=0.0, metadata={"help": "weight of mean(logsumexp(router logits)^2)"})
+    router_init_range: float = field(default=0.02, metadata={"help": "std of the router's first weights"})
+    router_jitter_noise: float = field(
+        default=0.0, metadata={"help": "in training the router's input is scaled by a draw from 1-noise..1+noise"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise ValueError(f"num_experts={self.num_experts} must be in 1..{MAX_EXPERTS}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k={self.top_k} must be in 1..num_experts={self.num_experts}")
+        if self.router_aux_loss_type not in AUX_LOSS_TYPES:
+            raise ValueError(
+                f"router_aux_loss_type={self.router_aux_loss_type!r} must be one of {', '.join(AUX_LOSS_TYPES)}"
+            )
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_init_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ValueError(f"router_jitter_noise={self.router_jitter_noise} must be in [0, 1)")
+        if not self.expert_targets:
+            raise ValueError(
+                f"target_modules={list(self.targets)} must name at least one of {', '.join(FFN_PROJECTIONS)}: "
+                "a mixture without experts is plain LoRA"
+            )
+
+    @property
+    def attention_targets(self) -> tuple[str, ...]:
+        """Target projections that carry plain LoRA."""
+        return tuple(name for name in self.targets if name in ATTENTION_PROJECTIONS)
+
+    @property
+    def expert_targets(self) -> tuple[str, ...]:
+        """Target projections that carry experts."""
+        return tuple(name for name in self.targets if name in FFN_PROJECTIONS)
+
+    def attach(self, model: "LlamaForCausalLM", name: str, seed: int) -> None:
+        """Put LoRA on attention, and a router with its experts on every feed-forward layer."""
+        for layer_idx, projection, linear in target_linears(model, self.attention_targets):
+            linear.loras_[name] = self.new_lora(linear, seed, name, layer_idx, projection)
+        for layer_idx, layer in enumerate(model.decoder_layers):
+            mixture = MixLora(self, layer.mlp, seed, name, layer_idx)
+            layer.mlp.moes_[name] = mixture
+            for projection in self.expert_targets:
+                loras = getattr(layer.mlp, projection).loras_
+                for expert in range(self.num_experts):
+                    loras[expert_name(name, expert)] = ExpertLora(mixture.experts_(projection), expert)
+
+    def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+        """Checkpoint names with the parameter that holds each weight, and the expert's place in a stack."""
+        for layer_idx, layer in enumerate(model.decoder_layers):
+            prefix = f"mixlora.layers.{layer_idx}"
+            for projection in self.attention_targets:
+                linear = getattr(layer.self_attn, projection)
+                yield from lora_weights(linear, name, f"{prefix}.self_attn.{projection}")
+            mixture = layer.mlp.moes_[name]
+            yield f"{prefix}.mlp.moe_gate.weight", mixture.gate_.weight, None
+            for projection in self.expert_targets:
+                stack = mixture.experts_(projection)
+                for expert in range(self.num_experts):
+                    for factor in ("lora_A", "lora_B"):
+                        key = f"{prefix}.mlp.{projection}.experts.{expert}.{factor}.weight"
+                        yield key, getattr(stack, factor), expert
+
+    def aux_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """The router losses of one forward times their coefficients, scalar."""
+        balance = router_loss(router_logits, self.top_k, self.router_aux_loss_type)
+        return self.router_aux_loss_coef * balance + self.router_z_loss_coef * z_loss(router_logits)
+
+
+class LoraStack(nn.Module):
+    """The factors of all experts on one projection: ``lora_A`` ``[E, R, in]``, ``lora_B`` ``[E, out, R]``."""
+
+    def __init__(self, lora_a: Tensor, lora_b: Tensor, *, scaling: float, dropout: float, seed: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_a)
+        self.lora_B = nn.Parameter(lora_b)
+        self.scaling_ = scaling
+        self.dropout_ = dropout
+        self.seed_ = seed
+
+
+class ExpertLora(nn.Module):
+    """One expert of a stack, seen as a ``Lora``: its factors are views, so it owns no parameter."""
+
+    def __init__(self, stack: LoraStack, expert: int) -> None:
+        super().__init__()
+        self._stack = (stack,)  # in a tuple: the stack is registered once, in the mixture
+        self.expert_ = expert
+        self.scaling_ = stack.scaling_
+        self.dropout_ = stack.dropout_
+        self.seed_ = stack.seed_
+
+    @property
+    def lora_A(self) -> Tensor:  # noqa: N802 (the name every LoRA uses)
+        """``[R, in]``."""
+        return self._stack[0].lora_A[self.expert_]
+
+    @property
+    def lora_B(self) -> Tensor:  # noqa: N802
+        """``[out, R]``."""
+        return self._stack[0].lora_B[self.expert_]
+
+
+class MixLora(nn.Module):
+    """Router and experts of one feed-forward layer."""
+
+    def __init__(self, config: MixLoraConfig, mlp: "LlamaMLP", seed: int, name: str, layer_idx: int) -> None:
+        super().__init__()
+        self.top_k_ = config.top_k
+        self.jitter_noise_ = config.router_jitter_noise
+        self.dropout_ = config.lora_dropout
+        self.scaling_ = config.scaling
+        self.seed_ = seed
+        self.layer_idx_ = layer_idx
+        base = mlp.gate_proj.base_layer_.weight
+        self.gate_ = nn.Linear(base.shape[1], config.num_experts, bias=False, dtype=wide_dtype(base.dtype))
+        generator = generator_for(seed, name, "init", layer_idx, "router")
+        with torch.no_grad():
+            self.gate_.weight.normal_(std=config.router_init_range, generator=generator)
+        self.gate_.to(base.device)
+        self.stacks_ = nn.ModuleDict()
+        for projection in config.expert_targets:
+            linear = getattr(mlp, projection)
+            factors = config.initial_factors(linear, (config.num_experts,), seed, name, layer_idx, projection)
+            self.stacks_[projection] = LoraStack(
+                *factors, scaling=config.scaling, dropout=config.lora_dropout, seed=seed
+            )
+
+    def experts_(self, projection: str) -> LoraStack:
+        """The stack of one projection."""
+        stack = self.stacks_[projection]
+        assert isinstance(stack, LoraStack)
+        return stack
+
+    def forward(
+        self, x: Tensor, gate: Tensor, up: Tensor, segment: Segment, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Route this adapter's tokens and mix their experts.
+
+        Args:
+            x: the layer's input, ``[N, D]``.
+            gate: frozen gate projection of x, ``[N, F]``.
+            up: frozen up projection of x, ``[N, F]``.
+            segment: the adapter's tokens.
+            batch: the forward they belong to.
+
+        Returns:
+            Hidden features ``[N, F]`` for the frozen down projection, what the down experts add behind it ``[N, D]``
+            (None without down experts), and the router logits ``[N, E]``.
+        """
+        router_logits = self.gate_(self._jittered(x.to(self.gate_.weight.dtype), segment, batch))
+        gates, experts = route(router_logits, self.top_k_)
+        hidden, delta = self._mixlora_forward(x, gate, up, gates, experts, segment, batch)
+        return hidden, delta, router_logits
+
+    def _mixlora_forward(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        gates: Tensor,
+        experts: Tensor,
+        segment: Segment,
+        batch: ForwardBatch,
+    ) -> tuple[Tensor, Tensor | None]:
+        stacks = {name: ops.ExpertFactors(stack.lora_A, stack.lora_B) for name, stack in self.stacks_.items()}
+
+        def mask(input_name: str, like: Tensor) -> Tensor | None:
+            return batch.dropout_mask(segment, self.seed_, self.dropout_, self.layer_idx_, input_name, like)
+
+        return ops.mixlora_ffn(
+            x,
+            gate,
+            up,
+            gates,
+            experts,
+            gate=stacks.get("gate_proj"),
+            up=stacks.get("up_proj"),
+            down=stacks.get("down_proj"),
+            scaling=self.scaling_,
+            x_mask=mask("mlp_in", x),
+            h_mask=mask("mlp_hidden", gate),
+        )
+
+    def _jittered(self, x: Tensor, segment: Segment, batch: ForwardBatch) -> Tensor:
+        if not batch.training or self.jitter_noise_ == 0.0:
+            return x
+        generator = generator_for(*batch.draw_key(segment, self.seed_, "jitter", self.layer_idx_))
+        noise = torch.empty(x.shape, dtype=x.dtype)
+        noise.uniform_(1 - self.jitter_noise_, 1 + self.jitter_noise_, generator=generator)
+        return x * noise.to(x.device)
+
+
+def route(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Weights and indices of each token's experts.
+
+    Args:
+        router_logits: ``[N, E]``, at least float32.
+        top_k: K.
+
+    Returns:
+        Weights ``[N, K]`` and LongTensor experts ``[N, K]``, best first. The weights are the chosen probabilities,
+        renormalised to sum to one; for K = 1 they stay as they are, or the router would get no gradient from the task.
+    """
+    probabilities = router_logits.softmax(dim=1)
+    weights, experts = probabilities.topk(top_k, dim=1)
+    if top_k > 1:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return weights, experts
