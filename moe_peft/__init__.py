@@ -7,7 +7,12 @@ if importlib.util.find_spec("moe_peft.kernels") is None:
     # An uninstalled checkout, or an install shadowed by one: `kernels/` lies beside the package, not inside it.
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
+from moe_peft import generation
 from moe_peft.adapters import LoraConfig, MixLoraConfig
+from moe_peft.config import TrainConfig
+from moe_peft.data.tokenizer import load_tokenizer
+from moe_peft.io.adapter_files import load_adapter, save_adapter
+from moe_peft.io.base_model import load_base_model
 from moe_peft.model.batch import BatchConfig, ModelInput, ModelOutput
 from moe_peft.model.config import LlamaConfig, RopeScaling
 from moe_peft.model.llama import (
@@ -17,6 +22,7 @@ from moe_peft.model.llama import (
     LlamaForCausalLM,
     LlamaMLP,
 )
+from moe_peft.training.trainer import Trainer
 from moe_peft.version import __version__
 
 __all__ = [
@@ -32,5 +38,12 @@ __all__ = [
     "ModelInput",
     "ModelOutput",
     "RopeScaling",
+    "TrainConfig",
+    "Trainer",
     "__version__",
+    "generation",
+    "load_adapter",
+    "load_base_model",
+    "load_tokenizer",
+    "save_adapter",
 ]

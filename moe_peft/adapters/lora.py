@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class LoraConfig:
     init_lora_weights: bool | str = field(
         default=True, metadata={"help": "true: A uniform (Kaiming), B zero; 'gaussian': A normal; false: B random too"}
     )
+
+    peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -104,6 +106,10 @@ class LoraConfig:
             room = "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
             prefix = f"base_model.model.model.layers.{layer_idx}.{room}.{projection}"
             yield from lora_weights(linear, name, prefix)
+
+    def is_router(self, key: str) -> bool:
+        """Whether a checkpoint name is a router's weight."""
+        return False
 
 
 def target_linears(model: "LlamaForCausalLM", projections: tuple[str, ...]) -> Iterator[tuple[int, str, Linear]]:

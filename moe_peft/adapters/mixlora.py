@@ -5,7 +5,7 @@ Letters: N tokens of one adapter, D model, F ffn, E experts, K top-k, R rank.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class MixLoraConfig(LoraConfig):
     router_jitter_noise: float = field(
         default=0.0, metadata={"help": "in training the router's input is scaled by a draw from 1-noise..1+noise"}
     )
+
+    peft_type: ClassVar[str] = "MIXLORA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +108,15 @@ class MixLoraConfig(LoraConfig):
                     for factor in ("lora_A", "lora_B"):
                         key = f"{prefix}.mlp.{projection}.experts.{expert}.{factor}.weight"
                         yield key, getattr(stack, factor), expert
+
+    def is_router(self, key: str) -> bool:
+        """Whether a checkpoint name is a router's weight."""
+        return key.endswith(".moe_gate.weight")
+
+    def expert_counts(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """How many tokens every expert got, LongTensor ``[routed layers, E]``."""
+        chosen = [logits.topk(self.top_k, dim=1).indices.flatten() for logits in router_logits]
+        return torch.stack([torch.bincount(experts, minlength=self.num_experts) for experts in chosen])
 
     def aux_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor:
         """The router losses of one forward times their coefficients, scalar."""

@@ -179,6 +179,7 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config_ = config
+        self.source_ = ""  # where a loader took the weights from
         self.adapters_: dict[str, Any] = {}  # name -> the adapter's config object
         self.embed_tokens = LlamaEmbedding(config)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -259,26 +260,27 @@ class LlamaForCausalLM(nn.Module):
             raise ValueError(f"adapter {name!r} is not attached to this model{hint}")
         return self.adapters_[name]
 
-    def _named_weights(self, name: str) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    def named_adapter_weights(self, name: str) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+        """Checkpoint name, the parameter that holds the weight, and its place there when the parameter is a stack."""
         found: Iterator[tuple[str, nn.Parameter, int | None]] = self.adapter_config(name).named_weights(self, name)
         return found
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's trainable parameters, stacks of experts as one each: what its optimizer takes."""
-        return list({id(weight): weight for _, weight, _ in self._named_weights(name)}.values())
+        return list({id(weight): weight for _, weight, _ in self.named_adapter_weights(name)}.values())
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
         """Checkpoint names to tensors that view the live weights: editing one in place edits the adapter."""
         return {
             key: weight.detach() if index is None else weight.detach()[index]
-            for key, weight, index in self._named_weights(name)
+            for key, weight, index in self.named_adapter_weights(name)
         }
 
     def adapter_gradients(self, name: str) -> dict[str, Tensor | None]:
         """The names of ``adapter_state`` to views of the gradients; None before a backward."""
         return {
             key: weight.grad if weight.grad is None or index is None else weight.grad[index]
-            for key, weight, index in self._named_weights(name)
+            for key, weight, index in self.named_adapter_weights(name)
         }
 
     def forward(

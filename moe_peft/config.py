@@ -1,0 +1,175 @@
+"""The dataclasses of a training run, read strictly from YAML, JSON or plain data."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from moe_peft import strict
+from moe_peft.config_file import parse_mapping, read_mapping
+from moe_peft.config_job import OPTIMIZER_KEYS, AdapterJob, adapter_keys, check_seed, require
+from moe_peft.config_overrides import KnownKeys, apply_overrides
+
+__all__ = ["AdapterJob", "TrainConfig"]
+
+
+def _run_keys() -> tuple[str, ...]:
+    return (*strict.field_names(TrainConfig), "defaults")
+
+
+def _inherited(entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that can mean something to this entry: those of its method and of its optimizer."""
+    given = {**defaults, **entry}
+    keys, optimizer = adapter_keys(given.get("method")), given.get("optimizer", "adamw")
+    return {
+        key: value for key, value in defaults.items() if key in keys and OPTIMIZER_KEYS.get(key, optimizer) == optimizer
+    }
+
+
+def _jobs(entries: Sequence[Any], defaults: Mapping[str, Any]) -> list[AdapterJob]:
+    """The entries of ``adapters`` over the defaults; a default that reaches no entry is refused."""
+    run_remarks = dict.fromkeys(_run_keys(), "it is a key of the run: put it at the top level")
+    remarks = {**run_remarks, "name": "each adapter needs its own: put it in its entry"}
+    defaults = strict.check_keys(defaults, [key for key in adapter_keys(None) if key != "name"], "defaults", remarks)
+    jobs, reached = [], set[str]()
+    for index, entry in enumerate(entries):
+        path = f"adapters[{index}]"
+        if not isinstance(entry, Mapping):
+            jobs.append(strict.coerce(entry, AdapterJob, path))
+            continue
+        inherited = _inherited(entry, defaults)
+        reached |= inherited.keys()
+        try:
+            jobs.append(AdapterJob.from_dict({**inherited, **entry}, path, run_remarks))
+        except ValueError as error:
+            subject = re.match(rf"{re.escape(path)}\.(\w+)", str(error))
+            if subject and subject[1] in inherited and subject[1] not in entry:
+                raise ValueError(f"{error} (the value comes from defaults)") from error
+            raise
+    for key in defaults:
+        if key not in reached:
+            raise ValueError(
+                f"defaults.{key}={strict.show(defaults[key])} reaches no adapter: none has a method or an optimizer "
+                "with this key"
+            )
+    return jobs
+
+
+def _entry_keys(entry: Mapping[str, Any] | None, data: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that an override may set in ``entry``; of None, in any."""
+    defaults = data.get("defaults")
+    given = {**(defaults if isinstance(defaults, Mapping) else {}), **(entry or {})}
+    return adapter_keys(None if entry is None else given.get("method"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: one frozen base model and the adapters that are trained on it together.
+
+    Raises:
+        ValueError: naming the field, its value and its rule.
+    """
+
+    base_model: str = field(
+        metadata={"help": "a Hugging Face folder, a .gguf file, a hub id, or the built-in smollm2-135m"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = field(
+        default="auto",
+        metadata={"help": "of the base model (adapters are float32 at least); auto: the checkpoint's, where it runs"},
+    )
+    device: str = field(
+        default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps; auto: a GPU where there is one"}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "the run's folder, new or empty; null: the first free name under runs/"}
+    )
+    seed: int = field(default=0, metadata={"help": "of every random draw; the same config gives the same run"})
+    max_batch_tokens: int = field(
+        default=4096, metadata={"help": "tokens of one fused forward, at most; adapters share it"}
+    )
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads; null: torch's choice"})
+    answer_examples: int = field(
+        default=2, metadata={"help": "held-out prompts that base and adapter answer at the end, per adapter"}
+    )
+    adapters: tuple[AdapterJob, ...] = field(metadata={"help": "the adapters to train, each with the keys below"})
+
+    def __post_init__(self) -> None:
+        strict.check_fields(self)
+        require(self, "base_model", self.base_model != "", "not be empty")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
+            raise ValueError(f"device={self.device!r} must be auto, cpu, cuda, cuda:N or mps")
+        require(self, "output_dir", self.output_dir != "", "not be empty; null picks a free name")
+        check_seed(self, self.seed)
+        require(self, "max_batch_tokens", self.max_batch_tokens >= 1, "be at least 1")
+        require(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "be at least 1, or null")
+        require(self, "answer_examples", self.answer_examples >= 0, "be at least 0")
+        if not self.adapters:
+            raise ValueError("adapters=[] must hold at least one adapter")
+        seen: dict[str, tuple[int, str]] = {}
+        for index, job in enumerate(self.adapters):
+            # Case aside: two names that differ in case are one folder on some file systems.
+            first, name = seen.setdefault(job.name.lower(), (index, job.name))
+            if first != index:
+                raise ValueError(
+                    f"adapters[{index}].name={job.name!r} must be unique: adapters[{first}] is named {name!r}"
+                    + (" (names become folders, so case does not tell them apart)" if name != job.name else "")
+                )
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
+        """Reads a YAML or JSON file. Relative paths in it are relative to the current folder, not to the file's.
+
+        Args:
+            overrides: ``key=value`` strings, as :func:`moe_peft.config_overrides.apply_overrides` reads them.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: naming the file, the key's full path, its value and its rule.
+        """
+        return cls._from_source(read_mapping(path), str(path), overrides)
+
+    @classmethod
+    def default(cls, overrides: Sequence[str] = ()) -> "TrainConfig":
+        """The embedded config: three small bundled tasks on ``smollm2-135m``.
+
+        Raises:
+            ValueError: on an override that does not fit.
+        """
+        source = "the embedded default config"
+        text = resources.files("moe_peft").joinpath("default.yaml").read_text(encoding="utf-8")
+        return cls._from_source(parse_mapping(text, source=source), source, overrides)
+
+    @classmethod
+    def _from_source(cls, data: dict[str, Any], source: str, overrides: Sequence[str]) -> "TrainConfig":
+        known = KnownKeys(of_run=_run_keys(), of_adapter=lambda entry: _entry_keys(entry, data))
+        apply_overrides(data, overrides, known)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "TrainConfig":
+        """Builds a config from plain data, spelled as in a file (``defaults`` included).
+
+        Raises:
+            ValueError: naming the key's full path, its value and its rule.
+        """
+        remarks = dict.fromkeys(adapter_keys(None), "it is a key of an adapter: put it in its entry, or under defaults")
+        values = strict.check_keys(mapping, _run_keys(), "", remarks)
+        defaults = values.pop("defaults", None)
+        if isinstance(values.get("adapters"), (list, tuple)):
+            values["adapters"] = _jobs(values["adapters"], {} if defaults is None else defaults)
+        return strict.build(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data that :meth:`from_dict` reads back to an equal one; nothing left to defaults."""
+        return {**strict.plain(self), "adapters": [job.to_dict() for job in self.adapters]}
+
+    def to_yaml(self) -> str:
+        """:meth:`to_dict` as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,174 @@
+"""From samples to fused batches: which samples an adapter learns from at each step, and who shares a forward.
+
+An adapter's micro-batches are cut from its own config and seed alone. The dispatcher only chooses which whole
+micro-batches run together, so a neighbour can change how fast an adapter learns, but not what.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_peft.data.samples import Sample
+from moe_peft.model.batch import BatchConfig, ModelInput
+from moe_peft.model.draws import generator_for
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one adapter that go through one forward.
+
+    Args:
+        adapter: whose they are.
+        step: the adapter's optimizer step, from 0.
+        index: which micro-batch of the step.
+        is_last: the optimizer steps after it.
+        samples: what it holds.
+        step_supervised: supervised tokens of the whole optimizer step.
+        step_tokens: all tokens of the whole optimizer step.
+    """
+
+    adapter: str
+    step: int
+    index: int
+    is_last: bool
+    samples: tuple[Sample, ...]
+    step_supervised: int
+    step_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this micro-batch."""
+        return sum(len(sample.input_ids) for sample in self.samples)
+
+
+class StepPlan:
+    """What one adapter learns from at each of its optimizer steps: a pure function of its own settings.
+
+    Args:
+        adapter: its name, which enters the shuffling.
+        samples: its training data.
+        batch_size: samples an optimizer step; an epoch's last step takes what is left.
+        micro_batch_size: samples a forward.
+        num_epochs: passes over the data, each shuffled anew.
+        max_steps: optimizer steps, instead of what ``num_epochs`` would give.
+        seed: of the shuffling.
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        samples: Sequence[Sample],
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        num_epochs: int,
+        max_steps: int | None,
+        seed: int,
+    ) -> None:
+        self.adapter = adapter
+        self.samples = tuple(samples)
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.steps_per_epoch = -(-len(self.samples) // batch_size)
+        self.num_steps = max_steps if max_steps is not None else num_epochs * self.steps_per_epoch
+        self._order: tuple[int, list[int]] = (-1, [])  # the last epoch asked for, and its order
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of one optimizer step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._epoch_order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        chosen = [self.samples[i] for i in order]
+        supervised = sum(sample.num_supervised_tokens for sample in chosen)
+        tokens = sum(len(sample.input_ids) for sample in chosen)
+        starts = range(0, len(chosen), self.micro_batch_size)
+        return [
+            MicroBatch(
+                adapter=self.adapter,
+                step=step,
+                index=index,
+                is_last=index == len(starts) - 1,
+                samples=tuple(chosen[start : start + self.micro_batch_size]),
+                step_supervised=supervised,
+                step_tokens=tokens,
+            )
+            for index, start in enumerate(starts)
+        ]
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            generator = generator_for(self.seed, self.adapter, "shuffle", epoch)
+            self._order = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
+        return self._order[1]
+
+
+class Dispatcher:
+    """Chooses which adapters' next micro-batches share a forward.
+
+    Args:
+        plans: one an adapter, in the order in which they share a batch.
+        max_batch_tokens: tokens of a fused forward. A micro-batch that is larger by itself runs alone, whole.
+    """
+
+    def __init__(self, plans: Mapping[str, StepPlan], max_batch_tokens: int) -> None:
+        self._plans = dict(plans)
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: dict[str, list[MicroBatch]] = {
+            name: plan.micro_batches(0) for name, plan in self._plans.items() if plan.num_steps > 0
+        }
+
+    def next_batch(self) -> list[MicroBatch]:
+        """The micro-batches of the next forward, at most one an adapter; empty when every adapter is through.
+
+        The adapter that is furthest behind, as a share of its own steps, goes first; the others join while they fit.
+        """
+        by_progress = sorted(self._waiting, key=self._progress)
+        chosen: set[str] = set()
+        budget = self._max_batch_tokens
+        for name in by_progress:
+            size = self._waiting[name][0].num_tokens
+            if not chosen or size <= budget:
+                chosen.add(name)
+                budget -= size
+        return [self._pop(name) for name in self._plans if name in chosen]
+
+    def remove(self, adapter: str) -> None:
+        """Take an adapter out of the run."""
+        self._waiting.pop(adapter, None)
+
+    def _progress(self, name: str) -> float:
+        front = self._waiting[name][0]
+        return (front.step + front.index / (front.index + len(self._waiting[name]))) / self._plans[name].num_steps
+
+    def _pop(self, name: str) -> MicroBatch:
+        micro_batch = self._waiting[name].pop(0)
+        if micro_batch.is_last:
+            if micro_batch.step + 1 < self._plans[name].num_steps:
+                self._waiting[name] = self._plans[name].micro_batches(micro_batch.step + 1)
+            else:
+                del self._waiting[name]
+        return micro_batch
+
+
+def fuse(parts: Sequence[tuple[BatchConfig, Sequence[Sample]]], device: torch.device) -> ModelInput:
+    """Lay the samples of several adapters end to end.
+
+    Args:
+        parts: for each adapter a BatchConfig, whose sample indices are filled in here, and its samples.
+        device: where the tensors go.
+    """
+    samples = [sample for _, part in parts for sample in part]
+    lengths = torch.tensor([0] + [len(sample.input_ids) for sample in samples], dtype=torch.int32)
+    configs = []
+    start = 0
+    for config, part in parts:
+        end = start + len(part)
+        configs.append(BatchConfig(config.adapter_name, start, end, config.step, config.micro_batch))
+        start = end
+    return ModelInput(
+        torch.tensor([token for sample in samples for token in sample.input_ids], device=device),
+        lengths.cumsum(0, dtype=torch.int32),
+        tuple(configs),
+        torch.tensor([label for sample in samples for label in sample.labels], device=device),
+    )

@@ -1,0 +1,1 @@
+"""Files: base models, adapters, and writing that is never seen half-done."""

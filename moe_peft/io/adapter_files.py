@@ -1,0 +1,182 @@
+"""Adapter folders, as PEFT lays them out: ``adapter_config.json`` beside ``adapter_model.safetensors``."""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_peft.adapters import METHODS, LoraConfig
+from moe_peft.io.atomic import atomic_folder, save_safetensors_atomically, write_text_atomically
+from moe_peft.model.llama import LlamaForCausalLM
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# What PEFT writes about a folder that changes nothing about its weights' meaning.
+_INFORMATIVE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "inference_mode",
+    "layers_pattern",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Inits of PEFT that leave the base as it is. The others (pissa, olora, ...) are saved against a changed base.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def save_adapter(model: LlamaForCausalLM, name: str, folder: str | Path) -> None:
+    """Write an adapter as PEFT would, so that ``load_adapter`` and (for LoRA) ``peft`` itself read it.
+
+    Args:
+        model: the model that carries it.
+        name: the adapter.
+        folder: made, or replaced when it holds an adapter already. A crash leaves the old folder or the new one.
+
+    Raises:
+        ValueError: on an unknown adapter, or a folder that holds other files, which replacing would delete.
+    """
+    config = model.adapter_config(name)
+    state = model.adapter_state(name)
+    target = Path(folder)
+    if target.is_dir():
+        foreign = sorted(path.name for path in target.iterdir() if path.name not in (CONFIG_FILE, WEIGHTS_FILE))
+        if foreign:
+            raise ValueError(
+                f"folder {target} holds {foreign[0]!r}: an adapter's folder may hold nothing but the adapter"
+            )
+    elif target.exists():
+        raise ValueError(f"folder {target} is a file")
+    fields = {
+        "peft_type": config.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.source_ or None,
+        "inference_mode": True,
+        "bias": "none",
+        **dataclasses.asdict(config),
+        "target_modules": list(config.targets),
+    }
+    with atomic_folder(target, replace=True) as partial:
+        # Experts' tensors are views of one stack, which safetensors would refuse as shared memory.
+        save_safetensors_atomically(
+            partial / WEIGHTS_FILE, {key: tensor.clone() for key, tensor in state.items()}, {"format": "pt"}
+        )
+        write_text_atomically(partial / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
+
+
+def load_adapter(model: LlamaForCausalLM, folder: str | Path, name: str | None = None, *, seed: int = 0) -> str:
+    """Attach an adapter from its folder.
+
+    Args:
+        model: the base it was trained on.
+        folder: as ``save_adapter`` or PEFT wrote it.
+        name: under which it is attached; None takes the folder's name.
+        seed: of its dropout when it is trained on.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: on missing, damaged or unsupported files, or weights that do not fit this base. Nothing is attached.
+    """
+    path = Path(folder)
+    name = path.resolve().name if name is None else name
+    config = read_adapter_config(path)
+    weights = _read_weights(path)
+    model.add_adapter(name, config, seed=seed)
+    try:
+        _fill(model, name, weights, path)
+    except BaseException:
+        model.remove_adapter(name)
+        raise
+    return name
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """The method's settings in an adapter folder.
+
+    Raises:
+        ValueError: when the file is missing, broken, or asks for what no method here does.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {CONFIG_FILE}: an adapter folder holds it beside {WEIGHTS_FILE}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    by_type = {method.peft_type: method for method in METHODS.values()}
+    kind = str(data.get("peft_type", ""))
+    if kind not in by_type:
+        near = difflib.get_close_matches(kind, by_type, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{path}: peft_type={data.get('peft_type')!r} must be one of {', '.join(by_type)}{hint}")
+    try:
+        return _build_config(by_type[kind], data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _build_config(method: type[LoraConfig], data: dict[str, Any]) -> LoraConfig:
+    names = {field.name for field in dataclasses.fields(method)}
+    for key, value in data.items():
+        neutral = value in (None, False, "none") or value == {} or value == []
+        if key not in names and key not in _INFORMATIVE and not neutral:
+            raise ValueError(f"{key}={value!r} changes the adapter and is not supported for {method.peft_type}")
+    chosen = {key: data[key] for key in names if key in data}
+    if chosen.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise ValueError(f"init_lora_weights={chosen['init_lora_weights']!r} was trained against a changed base model")
+    # Weights come from the file, so the init that drew them no longer matters.
+    chosen["init_lora_weights"] = True
+    targets = chosen.get("target_modules")
+    if isinstance(targets, list):
+        # PEFT also accepts dotted suffixes such as self_attn.q_proj.
+        chosen["target_modules"] = tuple(dict.fromkeys(str(target).rsplit(".", 1)[-1] for target in targets))
+    return method(**chosen)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        hint = f"; {pickled.name} is a pickle, which is never executed here" if pickled.exists() else ""
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or corrupted: {error}") from error
+
+
+def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], folder: Path) -> None:
+    state = model.adapter_state(name)
+    missing, unexpected = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}"
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} {what}, unlike an adapter of this config on this base "
+            f"({len(missing)} missing, {len(unexpected)} unexpected tensors): was it trained on another base?"
+        )
+    for key, tensor in state.items():
+        if tensor.shape != weights[key].shape:
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE}: {key} has shape {list(weights[key].shape)}, but this base needs "
+                f"{list(tensor.shape)}: it was trained on another base"
+            )
+    with torch.no_grad():
+        for key, tensor in state.items():
+            tensor.copy_(weights[key])

@@ -1,0 +1,124 @@
+"""Writing files and folders so that a crash leaves the old one or the new one, never half of one."""
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Replace ``path`` by a UTF-8 file with this text."""
+    write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_bytes_atomically(path: str | Path, data: bytes) -> None:
+    """Replace ``path`` by a file with these bytes."""
+
+    _replace_file(Path(path), lambda partial: partial.write_bytes(data))
+
+
+def save_safetensors_atomically(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Replace ``path`` by a safetensors file.
+
+    Args:
+        tensors: on any device, strided or views; no two may overlap in memory.
+        metadata: strings for the file's header.
+    """
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace_file(Path(path), lambda partial: save_file(plain, partial, metadata=dict(metadata) if metadata else None))
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` when the block ends well and vanishes when it raises.
+
+    Args:
+        replace: an existing folder is moved away first and removed afterwards; without it an existing folder that is
+            not empty is an error.
+
+    Yields:
+        The empty folder beside ``path`` to write into.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or a folder with something in it and ``replace`` is false.
+    """
+    target = Path(os.path.realpath(path))
+    _refuse_occupied(target, replace)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(target)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            _flush_to_disk(file)
+        _flush_to_disk(partial)
+        _refuse_occupied(target, replace)  # it may have appeared meanwhile
+        _swap_in(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _swap_in(partial: Path, target: Path) -> None:
+    retired = None
+    if target.exists():
+        retired = _beside(target)
+        target.rename(retired)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if retired is not None:
+            retired.rename(target)
+        raise
+    _flush_to_disk(target.parent)
+    if retired is not None:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _refuse_occupied(target: Path, replace: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file: a folder cannot take its place")
+    if not replace and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"the folder {target} already exists and is not empty")
+
+
+def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    # A link is followed, so that a user's link to a file elsewhere stays a link.
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(target)
+    try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        write(partial)
+        partial.chmod(mode)  # safetensors makes its files private, whatever the umask
+        _flush_to_disk(partial)
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _flush_to_disk(target.parent)
+
+
+def _beside(target: Path) -> Path:
+    """A hidden name that nobody else uses, in the same folder so that a rename stays on one file system."""
+    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.partial")
+
+
+def _flush_to_disk(path: Path) -> None:
+    if os.name == "nt":
+        return  # Windows neither opens a folder nor flushes a file that is open for reading
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,100 @@
+"""``python -m moe_peft.train``: trains the adapters of a config together on one frozen base model."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moe_peft.command import EXIT_CODES, CommandParser, run_command
+from moe_peft.config import TrainConfig
+
+HELP = """Trains many adapters (LoRA, mixtures of LoRA experts) at once on one frozen LLaMA-family model.
+
+Usage:
+  python -m moe_peft.train                              the embedded default: three small tasks, a few minutes
+  python -m moe_peft.train CONFIG [key=value ...]       your own config, YAML or JSON
+  python -m moe_peft.train key=value [key=value ...]    the embedded default, changed
+  (moe-peft train ... is the same command)
+
+Options:
+  --print-config    print the config with all its keys resolved, and stop; a start for your own
+  --debug           show the traceback of an error
+  -h, --help        show this text
+
+A complete config:
+
+{minimal}
+key=value sets one key after the file is read; the value is YAML, and quotes keep the shell off [ ] and *:
+  max_batch_tokens=2048                 a key of the run
+  adapters.qa.lr=1e-4                   a key of the adapter named qa (adapters.0.lr=1e-4: of the first)
+  'adapters.*.max_steps=20'             a key of every adapter whose method has it
+  defaults.batch_size=16                a key of every adapter that does not set it itself
+  'adapters.qa.target_modules=[up_proj, down_proj]'
+
+Relative paths are relative to the folder that the command runs in. Unknown keys are refused, never ignored.
+
+{reference}
+
+{exit_codes}
+
+Examples:
+  python -m moe_peft.train max_batch_tokens=2048 output_dir=runs/first
+  python -m moe_peft.train --print-config > my.yaml
+  python -m moe_peft.train my.yaml 'adapters.*.lr=1e-4' seed=1
+"""
+
+MINIMAL_CONFIG = """\
+base_model: smollm2-135m          # or a Hugging Face folder, a .gguf file, a hub id
+adapters:
+  - name: qa
+    method: mixlora
+    data: train.jsonl             # one {"instruction": ..., "input": ..., "output": ...} a line
+  - name: style
+    method: lora
+    data: chats.jsonl             # one {"messages": [{"role": ..., "content": ...}, ...]} a line
+    template: chat
+"""
+
+
+def help_text() -> str:
+    """The whole ``--help``, its list of keys made from the config's dataclasses."""
+    from moe_peft.config_help import config_reference
+
+    minimal = "".join(f"  {line}\n" for line in MINIMAL_CONFIG.splitlines())
+    return HELP.format(minimal=minimal, reference=config_reference(), exit_codes=EXIT_CODES)
+
+
+def read_config(arguments: Sequence[str]) -> TrainConfig:
+    """Returns the config that ``[CONFIG] [key=value ...]`` means.
+
+    Raises:
+        FileNotFoundError: when CONFIG does not exist.
+        ValueError: on a mistake in the config or an override.
+    """
+    has_file = bool(arguments) and ("=" not in arguments[0] or Path(arguments[0]).is_file())
+    return TrainConfig.from_file(arguments[0], arguments[1:]) if has_file else TrainConfig.default(arguments)
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], object] | None:
+    """Reads the config and the data; returns the training itself."""
+    config = read_config(arguments.config)
+    if arguments.print_config:
+        print(config.to_yaml(), end="")
+        return None
+    if not arguments.config:
+        print("No config given: running the embedded default. --help says how to write your own.", flush=True)
+    from moe_peft.training.trainer import Trainer
+
+    return Trainer(config).train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = CommandParser("python -m moe_peft.train", help_text)
+    parser.add_argument("config", nargs="*", metavar="CONFIG | key=value")
+    parser.add_argument("--print-config", action="store_true")
+    return run_command(parser, prepare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

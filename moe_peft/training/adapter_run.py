@@ -1,0 +1,138 @@
+"""One adapter on its way through a run: what it accumulates over a step, and the step itself."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_peft.config import AdapterJob
+from moe_peft.data.dispatcher import MicroBatch, StepPlan
+from moe_peft.data.samples import SampleSet
+from moe_peft.model.batch import ModelOutput
+from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.training.metrics import EvalMetrics, StepMetrics
+from moe_peft.training.optimizer import build_optimizer, learning_rate
+
+
+@dataclass
+class _StepSums:
+    """What the micro-batches of the current optimizer step have added up to."""
+
+    loss: float = 0.0
+    aux_loss: float = 0.0
+
+
+@dataclass
+class AdapterRun:
+    """State of one adapter's training.
+
+    Args:
+        job: its settings.
+        model: the model that carries it.
+        plan: what it learns from at each step.
+        train_set: its training samples.
+        eval_set: its held-out samples, if it has any.
+    """
+
+    job: AdapterJob
+    model: LlamaForCausalLM
+    plan: StepPlan
+    train_set: SampleSet
+    eval_set: SampleSet | None
+    steps_taken: int = 0
+    failure: str | None = None
+    evals: list[EvalMetrics] = field(default_factory=list)
+    expert_counts: Tensor | None = None
+    seconds: float = 0.0
+    _sums: _StepSums = field(default_factory=_StepSums)
+    _step_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.parameters = self.model.adapter_parameters(self.job.name)
+        self.optimizer = build_optimizer(self.model, self.job)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there are steps left to take."""
+        return self.failure is None and self.steps_taken < self.plan.num_steps
+
+    @property
+    def status(self) -> str:
+        """``done``, or what ended it."""
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        return "done" if self.steps_taken == self.plan.num_steps else "interrupted"
+
+    def take_in(self, micro_batch: MicroBatch, output: ModelOutput) -> Tensor | None:
+        """The micro-batch's part of the step's loss, ready for backward; None when it is not finite.
+
+        The token losses count by the supervised tokens of the whole step, the router losses by this micro-batch's share
+        of its tokens, so that cutting a step into micro-batches does not change its gradient (but for what router
+        losses see of a batch at once).
+        """
+        loss = output.loss * (output.num_supervised_tokens / max(micro_batch.step_supervised, 1))
+        aux_loss = output.aux_loss * (micro_batch.num_tokens / micro_batch.step_tokens)
+        if not math.isfinite(loss.item() + aux_loss.item()):
+            self._fail(f"loss={loss.item()} and aux_loss={aux_loss.item()} must be finite", micro_batch.step)
+            return None
+        if micro_batch.index == 0:
+            self._sums = _StepSums()
+        self._sums.loss += loss.item()
+        self._sums.aux_loss += aux_loss.item()
+        self._count_experts(output)
+        return loss + aux_loss
+
+    def step(self, micro_batch: MicroBatch) -> StepMetrics | None:
+        """Clip, step and clear after the last micro-batch of a step; None when the gradient is not finite."""
+        grads = [weight.grad for weight in self.parameters if weight.grad is not None]
+        grad_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        if not math.isfinite(grad_norm):
+            self._fail(f"gradient norm {grad_norm} must be finite", micro_batch.step)
+            return None
+        if self.job.max_grad_norm is not None and grad_norm > self.job.max_grad_norm:
+            torch._foreach_mul_(grads, self.job.max_grad_norm / grad_norm)
+        rate = learning_rate(self.job, micro_batch.step, self.plan.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_taken += 1
+        now = time.perf_counter()
+        seconds = now - self._step_start
+        self._step_start = now
+        self.seconds += seconds
+        return StepMetrics(
+            adapter=self.job.name,
+            step=self.steps_taken,
+            num_steps=self.plan.num_steps,
+            epoch=self.steps_taken / self.plan.steps_per_epoch,
+            loss=self._sums.loss,
+            aux_loss=self._sums.aux_loss,
+            lr=rate,
+            grad_norm=grad_norm,
+            num_supervised_tokens=micro_batch.step_supervised,
+            num_tokens=micro_batch.step_tokens,
+            seconds=seconds,
+            tokens_per_second=micro_batch.step_supervised / max(seconds, 1e-9),
+        )
+
+    def start_clock(self) -> None:
+        """A forward begins: a step's time runs from its first forward, or from the end of the step before."""
+        self._step_start = self._step_start or time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """What comes until the next forward (an evaluation, say) is not the step's time."""
+        self._step_start = 0.0
+
+    def _fail(self, what: str, step: int) -> None:
+        self.failure = f"{what} (optimizer step {step + 1}; the weights of step {step} are kept)"
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _count_experts(self, output: ModelOutput) -> None:
+        if output.router_logits is None:
+            return
+        with torch.no_grad():
+            counts = self.job.adapter.expert_counts(output.router_logits)
+        self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts

@@ -1,0 +1,52 @@
+"""An adapter's optimizer and its learning rate over time."""
+
+import math
+
+import torch
+from torch import nn
+
+from moe_peft.config import AdapterJob
+from moe_peft.model.llama import LlamaForCausalLM
+
+
+def build_optimizer(model: LlamaForCausalLM, job: AdapterJob) -> torch.optim.Optimizer:
+    """The job's optimizer over its adapter's parameters, fused into one launch.
+
+    Weight decay spares routers (unless ``decay_router``) and 1-D weights.
+    """
+    decayed: dict[int, nn.Parameter] = {}
+    spared: dict[int, nn.Parameter] = {}
+    for key, weight, _ in model.named_adapter_weights(job.name):
+        is_spared = weight.dim() < 2 or (job.adapter.is_router(key) and not job.decay_router)
+        (spared if is_spared else decayed)[id(weight)] = weight
+    groups = [
+        {"params": list(weights.values()), "weight_decay": decay}
+        for weights, decay in ((decayed, job.weight_decay), (spared, 0.0))
+        if weights
+    ]
+    if job.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=job.lr, momentum=job.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=job.lr, betas=job.betas, eps=job.eps, fused=True)
+
+
+def learning_rate(job: AdapterJob, step: int, num_steps: int) -> float:
+    """The rate of one optimizer step.
+
+    Args:
+        job: its peak rate, warm-up and schedule.
+        step: counted from 0.
+        num_steps: of the whole training.
+
+    Returns:
+        A linear rise over the warm-up steps, the first of which is not zero; then constant, or falling to 0 in a line
+        or a half cosine.
+    """
+    warmup = job.warmup_steps or math.ceil(job.warmup_ratio * num_steps)
+    if step < warmup:
+        return job.lr * (step + 1) / warmup
+    done = (step - warmup) / max(num_steps - warmup, 1)
+    if job.lr_scheduler == "linear":
+        return job.lr * (1 - done)
+    if job.lr_scheduler == "cosine":
+        return job.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return job.lr
