@@ -4,6 +4,7 @@ Letters: T tokens, B samples, H query heads, G key-value heads, L tokens of a sa
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,14 +28,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...
     """
     outputs = []
     for start, end, length in _equal_length_runs(boundaries):
-        # [B, H, L, d] and twice [B, G, L, d]
-        qs, ks, vs = (x[start:end].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        qs, ks, vs = (rearrange(x[start:end], "(b l) h d -> b h l d", l=length) for x in (q, k, v))
         if window is not None and length > window:
             mask = _causal_mask(length, 0, window, q.device)
             mixed = scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, enable_gqa=True)
         else:
             mixed = scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
-        outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # [B * L, H, d]
+        outputs.append(rearrange(mixed, "b h l d -> (b l) h d"))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
