@@ -60,7 +60,9 @@ def load_named_model(arguments: argparse.Namespace) -> LoadedModel:
     folders = _run_adapters(run) if run is not None else {}
     for name, folder in map(_split_name, arguments.adapter):
         if name in folders:
-            raise ValueError(f"--adapter {folder}: the name {name!r} is taken by {folders[name]}; give another: NAME=FOLDER")
+            raise ValueError(
+                f"--adapter {folder}: the name {name!r} is taken by {folders[name]}; give another: NAME=FOLDER"
+            )
         folders[name] = folder
     base = arguments.base or (config.base_model if config is not None else SMOLLM2_NAME)
     dtype = arguments.dtype or (config.dtype if config is not None else "auto")

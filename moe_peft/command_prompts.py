@@ -33,7 +33,8 @@ class PromptForm:
 
     Args:
         template: what stands around it; None: nothing, the text is taken as it is.
-        system: the first message of every conversation; None: what the chat template itself puts there.
+        system: the first message of a conversation that brings none of its own; None: what the chat template itself
+            puts there.
 
     Raises:
         ValueError: on a system message that no conversation would carry.
@@ -44,7 +45,9 @@ class PromptForm:
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.is_chat:
-            raise ValueError(f"system={strict.show(self.system)} needs a chat template: these prompts are no conversation")
+            raise ValueError(
+                f"system={strict.show(self.system)} needs a chat template: these prompts are no conversation"
+            )
 
     @property
     def is_chat(self) -> bool:
@@ -62,7 +65,8 @@ class PromptForm:
         else:
             text = self.template.prompt(question.instruction, question.input)
         if self.is_chat:
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            has_system = any(message["role"] == "system" for message in question.messages[:1])
+            system = [] if self.system is None or has_system else [{"role": "system", "content": self.system}]
             turn = {"role": "user", "content": text}
             return tuple(encode_prompt(tokenizer, [*system, *question.messages, turn]))
         if question.messages:

@@ -110,19 +110,24 @@ def check_request(model: LlamaForCausalLM, request: Request) -> None:
         ValueError: on an adapter or expert that is not attached, an id outside the vocabulary, or too many tokens.
     """
     config = model.config_
-    _check_adapter_name(model, request.adapter_name)
+    check_adapter_name(model, request.adapter_name)
     for token_id in request.prompt_ids:
         if not 0 <= token_id < config.vocab_size:
             raise ValueError(f"token id {token_id} of the prompt must be in 0..vocab_size-1={config.vocab_size - 1}")
     limit, prompt_length = context_limit(config), len(request.prompt_ids)
     if limit is not None and prompt_length + request.max_new_tokens > limit:
         raise ValueError(
-            f"the prompt's {prompt_length} tokens and max_new_tokens={request.max_new_tokens} must come to at most "
-            f"{limit} tokens, for which the model is made (max_position_embeddings={config.max_position_embeddings})"
+            f"max_new_tokens={request.max_new_tokens} and a prompt of {prompt_length} must come to at most {limit} "
+            f"tokens, for which the model is made (max_position_embeddings={config.max_position_embeddings})"
         )
 
 
-def _check_adapter_name(model: LlamaForCausalLM, name: str) -> None:
+def check_adapter_name(model: LlamaForCausalLM, name: str) -> None:
+    """Refuses a name that is neither empty nor that of an attached adapter or of one of its experts.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
     if name == "":
         return
     expert = parse_expert_name(name)

@@ -32,12 +32,14 @@ def linear_cross_entropy_forward(
     gradient = torch.empty_like(hidden) if with_gradient else None
     for start in range(0, hidden.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        logits = (hidden[rows] @ weight.T).to(wide)  # [c, V]
+        exponentials = (hidden[rows] @ weight.T).to(wide)  # [c, V], logits so far; then in place, for its size
         row_targets = targets[rows, None]
-        log_z = logits.logsumexp(dim=1, keepdim=True)
-        nll[rows] = (log_z - logits.gather(1, row_targets)).squeeze(1)
+        target_logits = exponentials.gather(1, row_targets)
+        highest = exponentials.amax(dim=1, keepdim=True)
+        z = exponentials.sub_(highest).exp_().sum(dim=1, keepdim=True)  # [c, 1]
+        nll[rows] = (z.log() + highest - target_logits).squeeze(1)
         if gradient is not None:
-            probabilities = logits.sub_(log_z).exp_()
-            probabilities.scatter_add_(1, row_targets, torch.full_like(log_z, -1.0))
-            torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[rows])
+            # (softmax - one_hot) W, divided by z after the product, where a row is D wide and not V.
+            exponentials.scatter_add_(1, row_targets, -z)
+            gradient[rows] = (exponentials.to(hidden.dtype) @ weight).div_(z)
     return nll, gradient

@@ -3,6 +3,7 @@
 Letters: N tokens of one adapter, D model, F ffn, E experts, K top-k, R rank.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -61,8 +62,8 @@ class MixLoraConfig(LoraConfig):
                 f"router_aux_loss_type={self.router_aux_loss_type!r} must be one of {', '.join(AUX_LOSS_TYPES)}"
             )
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_init_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and finite")
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise={self.router_jitter_noise} must be in [0, 1)")
         if not self.expert_targets:
@@ -170,11 +171,12 @@ class MixLora(nn.Module):
         self.seed_ = seed
         self.layer_idx_ = layer_idx
         base = mlp.gate_proj.base_layer_.weight
-        self.gate_ = nn.Linear(base.shape[1], config.num_experts, bias=False, dtype=wide_dtype(base.dtype))
+        # On meta first: nn.Linear would draw its own init from the global RNG.
+        self.gate_ = nn.Linear(base.shape[1], config.num_experts, bias=False, device="meta")
         generator = generator_for(seed, name, "init", layer_idx, "router")
-        with torch.no_grad():
-            self.gate_.weight.normal_(std=config.router_init_range, generator=generator)
-        self.gate_.to(base.device)
+        router = torch.empty(config.num_experts, base.shape[1], dtype=wide_dtype(base.dtype))
+        router.normal_(std=config.router_init_range, generator=generator)
+        self.gate_.weight = nn.Parameter(router.to(base.device))
         self.stacks_ = nn.ModuleDict()
         for projection in config.expert_targets:
             linear = getattr(mlp, projection)

@@ -67,6 +67,8 @@ def load_processor(model: bytes, origin: str, *, plain_white_space: bool = False
     """
     from sentencepiece import SentencePieceProcessor
 
+    if not model:  # which the library would take for a processor without a model
+        raise ValueError(f"{origin} is not a sentencepiece model: it is empty")
     try:
         return SentencePieceProcessor(model_proto=with_plain_white_space(model) if plain_white_space else model)
     except RuntimeError as error:
@@ -88,7 +90,7 @@ def _added_tokens(processor: Any, settings: TokenizerSettings) -> dict[int, Adde
             continue
         token_id = processor.piece_to_id(token.content)
         if processor.id_to_piece(token_id) != token.content:  # unknown to the vocabulary: it goes behind the last
-            token_id = max(num_pieces - 1, *tokens) + 1
+            token_id = max([num_pieces - 1, *tokens]) + 1
         tokens[token_id] = token
         known[token.content] = token_id
     return tokens
@@ -124,7 +126,7 @@ class SentencePieceBackend:
         matched = [i for i, token in self._added.items() if not (token.special and split_special_tokens)]
         self._matched = sorted(matched, key=lambda token_id: -len(self._added[token_id].content))
         self._leading_space = " " if first_segment_only and add_prefix_space else ""
-        self.vocab_size: int = max(processor.get_piece_size() - 1, *self._added) + 1
+        self.vocab_size: int = max([processor.get_piece_size() - 1, *self._added]) + 1
         self.special_ids = {token.content: i for i, token in self._added.items() if token.special}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -67,7 +67,10 @@ def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
     for source, mapping in sources:
         for name in SPECIAL_TOKEN_NAMES:
             if name in mapping and name not in named:
-                named[name] = None if mapping[name] is None else _added_token(mapping[name], f"{source}: {name}")
+                # Some files write an empty text for a token that there is not.
+                named[name] = (
+                    _added_token(mapping[name], f"{source}: {name}") if mapping[name] not in (None, "") else None
+                )
         extra += _extra_tokens(mapping, source)
     flags = {
         name: _flag(config, name, path)
@@ -130,8 +133,8 @@ def _extra_tokens(mapping: Mapping[str, Any], source: Path) -> list[AddedToken]:
 def _added_tokens(
     config: Mapping[str, Any], path: Path, legacy_path: Path, special_contents: set[str | None]
 ) -> dict[int, AddedToken]:
-    if "added_tokens_decoder" in config:
-        entries = config["added_tokens_decoder"]
+    entries = config.get("added_tokens_decoder")
+    if entries is not None:
         if not isinstance(entries, dict) or not all(key.isdecimal() for key in entries):
             raise ValueError(f"{path}: added_tokens_decoder={show(entries)} must map ids to tokens")
         where = f"{path}: added_tokens_decoder"

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from moe_peft.adapters import METHODS, LoraConfig
 from moe_peft.io.atomic import atomic_folder, save_safetensors_atomically, write_text_atomically
+from moe_peft.io.json_file import read_json_object
 from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.strict import build
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -109,14 +111,11 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         ValueError: when the file is missing, broken, or asks for what no method here does.
     """
     path = Path(folder) / CONFIG_FILE
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no adapter folder {folder}")
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}: an adapter folder holds it beside {WEIGHTS_FILE}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+    data = read_json_object(path)
     by_type = {method.peft_type: method for method in METHODS.values()}
     kind = str(data.get("peft_type", ""))
     if kind not in by_type:
@@ -125,14 +124,15 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         raise ValueError(f"{path}: peft_type={data.get('peft_type')!r} must be one of {', '.join(by_type)}{hint}")
     try:
         return _build_config(by_type[kind], data)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _build_config(method: type[LoraConfig], data: dict[str, Any]) -> LoraConfig:
     names = {field.name for field in dataclasses.fields(method)}
     for key, value in data.items():
-        neutral = value in (None, False, "none") or value == {} or value == []
+        # By identity: layers_to_transform=0 is a layer, although 0 == False.
+        neutral = value is None or value is False or value in ("none", {}, [])
         if key not in names and key not in _INFORMATIVE and not neutral:
             raise ValueError(f"{key}={value!r} changes the adapter and is not supported for {method.peft_type}")
     chosen = {key: data[key] for key in names if key in data}
@@ -141,10 +141,10 @@ def _build_config(method: type[LoraConfig], data: dict[str, Any]) -> LoraConfig:
     # Weights come from the file, so the init that drew them no longer matters.
     chosen["init_lora_weights"] = True
     targets = chosen.get("target_modules")
-    if isinstance(targets, list):
+    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
         # PEFT also accepts dotted suffixes such as self_attn.q_proj.
-        chosen["target_modules"] = tuple(dict.fromkeys(str(target).rsplit(".", 1)[-1] for target in targets))
-    return method(**chosen)
+        chosen["target_modules"] = list(dict.fromkeys(target.rsplit(".", 1)[-1] for target in targets))
+    return build(method, chosen)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -177,6 +177,8 @@ def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], folder
                 f"{folder / WEIGHTS_FILE}: {key} has shape {list(weights[key].shape)}, but this base needs "
                 f"{list(tensor.shape)}: it was trained on another base"
             )
+        if not weights[key].is_floating_point():
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} holds {weights[key].dtype}, not floating-point weights")
     with torch.no_grad():
         for key, tensor in state.items():
             tensor.copy_(weights[key])

@@ -43,8 +43,7 @@ def load_base_model(
         target_dtype = wanted_dtype or checkpoint.dtype
         if wanted_dtype is None and not computes_natively(target_dtype, target_device):
             target_dtype = torch.float32
-        with torch.device("meta"), _NoInitialWeights():
-            model = LlamaForCausalLM(checkpoint.config)
+        model = _empty_model(checkpoint)
         _fill(model, checkpoint, target_dtype, target_device)
     return model.eval()
 
@@ -59,6 +58,19 @@ class _NoInitialWeights(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return None
         return func(*args, **(kwargs or {}))
+
+
+def _empty_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
+    """The model on the meta device; sizes out of a garbled config are refused before they take time or memory."""
+    num_layers, num_tensors = checkpoint.config.num_hidden_layers, len(checkpoint.shapes)
+    if num_layers > num_tensors:
+        raise ValueError(f"{checkpoint.path} has {num_tensors} tensors, too few for {num_layers} layers")
+    try:
+        with torch.device("meta"), _NoInitialWeights():
+            return LlamaForCausalLM(checkpoint.config)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{checkpoint.path}: no model has the sizes of {checkpoint.config} ({reason})") from error
 
 
 def _fill(model: LlamaForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:

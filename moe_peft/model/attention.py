@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from moe_peft import ops
 from moe_peft.model.cache import KVCache
 
 
@@ -33,7 +34,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...
             mask = _causal_mask(length, 0, window, q.device)
             mixed = scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, enable_gqa=True)
         else:
-            mixed = scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+            mixed = ops.causal_attention(qs, ks, vs)
         outputs.append(rearrange(mixed, "b h l d -> (b l) h d"))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

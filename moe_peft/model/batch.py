@@ -13,7 +13,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
-_EXPERT_NAME = re.compile(r"moe\.([A-Za-z0-9_-]+)\.experts\.(\d+)")
+_EXPERT_NAME = re.compile(r"moe\.([A-Za-z0-9_-]+)\.experts\.(0|[1-9]\d*)")
 
 
 def expert_name(task: str, index: int) -> str:
@@ -74,6 +74,8 @@ class ModelInput:
                 f"input_ids has shape {tuple(self.input_ids.shape)} but must be [T]; from_padded takes [B, L]"
             )
         num_tokens = self.input_ids.shape[0]
+        if self.cu_seqlens.dim() != 1:
+            raise ValueError(f"cu_seqlens has shape {tuple(self.cu_seqlens.shape)} but must be [B+1]")
         boundaries = tuple(int(edge) for edge in self.cu_seqlens.tolist())
         object.__setattr__(self, "boundaries_", boundaries)
         if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != num_tokens:

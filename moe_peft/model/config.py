@@ -1,5 +1,6 @@
 """The shape of a LLaMA-family model."""
 
+import math
 from dataclasses import dataclass
 
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn")
@@ -41,8 +42,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type={self.rope_type!r} must be one of {', '.join(ROPE_TYPES)}, or default")
-        if self.factor < 1.0:
-            raise ValueError(f"factor={self.factor} of rope_type={self.rope_type!r} must be at least 1")
+        if not 1.0 <= self.factor < math.inf:
+            raise ValueError(f"factor={self.factor} of rope_type={self.rope_type!r} must be at least 1 and finite")
         if self.rope_type == "llama3":
             if self.original_max_position_embeddings is None:
                 raise ValueError("rope_type='llama3' needs original_max_position_embeddings")
@@ -115,6 +116,8 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: RoPE turns pairs of features")
+        if self.head_size == 2 and self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic":
+            raise ValueError("head_dim=2 must be at least 4 for rope_type='dynamic', which divides by head_dim - 2")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window} must be at least 1, or null")
 

@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 class AdapterDict(nn.Module):
     """A registered dictionary of modules whose keys may hold dots, as in ``moe.qa.experts.0``.
 
-    ``nn.ModuleDict`` refuses dots because they separate state-dict keys; here they are stored as ``/``.
+    ``nn.ModuleDict`` refuses dots because they separate state-dict keys; here they are stored as ``/``. It also refuses
+    names of its own methods, such as ``train``; here no name becomes an attribute.
     """
 
+    def train(self, mode: bool = True) -> "AdapterDict":
+        """As ``nn.Module.train``, which would take the attribute for a module where an adapter is named ``training``."""
+        self.__dict__["training"] = mode
+        for module in self.children():
+            module.train(mode)
+        return self
+
     def __setitem__(self, name: str, module: nn.Module) -> None:
-        self.add_module(name.replace(".", "/"), module)
+        self._modules[name.replace(".", "/")] = module
 
     def __getitem__(self, name: str) -> Any:
         module = self.get(name)

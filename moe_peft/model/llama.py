@@ -352,6 +352,8 @@ class LlamaForCausalLM(nn.Module):
     ) -> ForwardBatch:
         edges = model_input.boundaries_
         new = [end - start for start, end in itertools.pairwise(edges)]
+        if cache is not None and len(cache.lengths_) != len(new):
+            raise ValueError(f"the batch has {len(new)} samples, but the cache holds {len(cache.lengths_)}")
         past = cache.lengths_ if cache is not None else [0] * len(new)
         double = self.dtype == torch.float64
         cos, sin = rotary_table(self.config_, past, new, device=self.device, double=double)

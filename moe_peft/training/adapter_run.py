@@ -52,6 +52,8 @@ class AdapterRun:
     def __post_init__(self) -> None:
         self.parameters = self.model.adapter_parameters(self.job.name)
         self.optimizer = build_optimizer(self.model, self.job)
+        # The last weights known to be good: a step that ruins them shows in the next loss, when they are gone.
+        self._good_weights = [weight.detach().clone() for weight in self.parameters]
 
     @property
     def is_active(self) -> bool:
@@ -75,7 +77,7 @@ class AdapterRun:
         loss = output.loss * (output.num_supervised_tokens / max(micro_batch.step_supervised, 1))
         aux_loss = output.aux_loss * (micro_batch.num_tokens / micro_batch.step_tokens)
         if not math.isfinite(loss.item() + aux_loss.item()):
-            self._fail(f"loss={loss.item()} and aux_loss={aux_loss.item()} must be finite", micro_batch.step)
+            self.fail(f"loss={loss.item()} and aux_loss={aux_loss.item()} must be finite")
             return None
         if micro_batch.index == 0:
             self._sums = _StepSums()
@@ -89,13 +91,15 @@ class AdapterRun:
         grads = [weight.grad for weight in self.parameters if weight.grad is not None]
         grad_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
         if not math.isfinite(grad_norm):
-            self._fail(f"gradient norm {grad_norm} must be finite", micro_batch.step)
+            self.fail(f"gradient norm {grad_norm} must be finite")
             return None
         if self.job.max_grad_norm is not None and grad_norm > self.job.max_grad_norm:
             torch._foreach_mul_(grads, self.job.max_grad_norm / grad_norm)
         rate = learning_rate(self.job, micro_batch.step, self.plan.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        # They have just given a finite loss and gradient.
+        torch._foreach_copy_(self._good_weights, [weight.detach() for weight in self.parameters])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
@@ -126,8 +130,23 @@ class AdapterRun:
         """What comes until the next forward (an evaluation, say) is not the step's time."""
         self._step_start = 0.0
 
-    def _fail(self, what: str, step: int) -> None:
-        self.failure = f"{what} (optimizer step {step + 1}; the weights of step {step} are kept)"
+    def record(self, evaluation: EvalMetrics) -> None:
+        """Take in a held-out loss; one that is not finite ends the adapter."""
+        self.evals.append(evaluation)
+        if not math.isfinite(evaluation.eval_loss):
+            self.fail(f"eval_loss={evaluation.eval_loss} must be finite")
+
+    def check_weights(self) -> None:
+        """End the adapter when its last step left weights whose norm is not finite."""
+        norm = float(torch.nn.utils.get_total_norm([weight.detach() for weight in self.parameters]))
+        if self.failure is None and not math.isfinite(norm):
+            self.fail(f"the norm of the weights, {norm}, must be finite")
+
+    def fail(self, what: str) -> None:
+        """End the adapter and put back the last weights that gave a finite loss."""
+        kept = max(self.steps_taken - 1, 0)
+        self.failure = f"{what} (after optimizer step {self.steps_taken}; the weights of step {kept} are kept)"
+        torch._foreach_copy_([weight.detach() for weight in self.parameters], self._good_weights)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _count_experts(self, output: ModelOutput) -> None:

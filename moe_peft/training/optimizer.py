@@ -41,7 +41,8 @@ def learning_rate(job: AdapterJob, step: int, num_steps: int) -> float:
         A linear rise over the warm-up steps, the first of which is not zero; then constant, or falling to 0 in a line
         or a half cosine.
     """
-    warmup = job.warmup_steps or math.ceil(job.warmup_ratio * num_steps)
+    # Rounded first: 0.07 * 100 comes out as 7.000000000000001, but means 7 steps.
+    warmup = job.warmup_steps or math.ceil(round(job.warmup_ratio * num_steps, 6))
     if step < warmup:
         return job.lr * (step + 1) / warmup
     done = (step - warmup) / max(num_steps - warmup, 1)

@@ -141,7 +141,8 @@ def plot_expert_load(load: np.ndarray, png_path: str | Path, adapter: str) -> No
     figure = Figure(figsize=(max(width, 4.6), max(height, 3.2)), layout="constrained")
     axis = figure.subplots()
     # White is balance, so a collapsed router shows as dark stripes whatever the number of experts.
-    norm = TwoSlopeNorm(vmin=0.0, vcenter=balanced, vmax=max(2.0 * balanced, float(np.nanmax(load, initial=0.0))))
+    largest = max(2.0 * balanced, float(np.nanmax(load, initial=0.0)))
+    norm = TwoSlopeNorm(vmin=0.0, vcenter=balanced, vmax=largest)
     image = axis.imshow(load, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     if num_experts <= 16 and num_layers <= 48:
         for layer, expert in np.ndindex(load.shape):
@@ -163,7 +164,7 @@ def plot_expert_load(load: np.ndarray, png_path: str | Path, adapter: str) -> No
     axis.tick_params(labelsize=8)
 
     bar = figure.colorbar(image, ax=axis, format=PercentFormatter(1.0, decimals=0))
-    other = [tick for tick in np.linspace(0.0, norm.vmax, 5) if abs(tick - balanced) > 0.09 * norm.vmax]
+    other = [tick for tick in np.linspace(0.0, largest, 5) if abs(tick - balanced) > 0.09 * largest]
     bar.set_ticks([*other, balanced])
     bar.ax.set_yticklabels([*(f"{100 * tick:.3g}%" for tick in other), f"{100 * balanced:.3g}% balanced"])
     bar.ax.axhline(balanced, color="black", linewidth=1.5)

@@ -21,13 +21,12 @@ def check_output_dir(output_dir: str | None) -> None:
     Raises:
         ValueError: naming the folder.
     """
-    if output_dir is None:
-        return
-    path = Path(output_dir)
-    if path.is_dir() and any(path.iterdir()):
+    path = DEFAULT_PARENT if output_dir is None else Path(output_dir).expanduser()
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"output_dir={output_dir!r} must be a folder, but {part} is a file")
+    if output_dir is not None and path.is_dir() and any(path.iterdir()):
         raise ValueError(f"output_dir={output_dir!r} must be new or empty: nothing of an earlier run is overwritten")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir={output_dir!r} is a file")
 
 
 class RunFolder:
@@ -39,6 +38,7 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = self._make(config.output_dir)
+        self.saved: dict[str, Path] = {}  # adapter name to its folder
         resolved = dataclasses.replace(config, output_dir=str(self.path))
         write_text_atomically(self.path / "config.yaml", resolved.to_yaml())
 
@@ -46,7 +46,7 @@ class RunFolder:
     def _make(output_dir: str | None) -> Path:
         if output_dir is not None:
             check_output_dir(output_dir)
-            path = Path(output_dir)
+            path = Path(output_dir).expanduser()
             path.mkdir(parents=True, exist_ok=True)
             return path
         DEFAULT_PARENT.mkdir(exist_ok=True)
@@ -68,14 +68,12 @@ class RunFolder:
         """The folder of one adapter."""
         return self.path / "adapters" / name
 
-    def save(self, model: LlamaForCausalLM, run: AdapterRun) -> Path:
-        """Write an adapter's current weights.
-
-        Returns:
-            Its folder.
-        """
-        save_adapter(model, run.job.name, self.adapter(run.job.name))
-        return self.adapter(run.job.name)
+    def save(self, model: LlamaForCausalLM, run: AdapterRun) -> None:
+        """Write an adapter's current weights, or its last good ones."""
+        run.check_weights()
+        path = self.adapter(run.job.name)
+        save_adapter(model, run.job.name, path)
+        self.saved[run.job.name] = path
 
     def draw(self, runs: list[AdapterRun]) -> None:
         """Draw the loss curves, and for routed adapters the load of every expert over the whole training."""

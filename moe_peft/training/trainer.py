@@ -136,18 +136,30 @@ class Trainer:
         self._announce(folder)
         num_steps = {name: run.plan.num_steps for name, run in self.runs.items()}
         with InterruptGuard() as guard, MetricsWriter(folder.metrics) as metrics:
+            is_complete = False
             try:
                 with Progress(num_steps, self.console) as progress:
                     self._loop(folder, guard, metrics, progress)
+                is_complete = guard.signal is None
             finally:
-                saved = {name: folder.save(self.model, run) for name, run in self.runs.items()}
+                # Whatever ended the loop, a second Ctrl-C or an error included, what was learnt is kept.
+                for run in self.runs.values():
+                    if run.job.name not in folder.saved:
+                        folder.save(self.model, run)
+                if not is_complete:
+                    self._tell_where(folder)
                 folder.draw(list(self.runs.values()))
-            if guard.signal is not None:
-                self.console.print("Interrupted; every adapter is saved as it stands:", highlight=False)
-                for path in saved.values():
-                    self.console.print(f"  {path}", highlight=False, soft_wrap=True)
-                guard.raise_if_asked()
-        return self._close(folder, saved)
+            guard.raise_if_asked()
+        try:
+            return self._close(folder)
+        except KeyboardInterrupt:
+            self._tell_where(folder)
+            raise
+
+    def _tell_where(self, folder: RunFolder) -> None:
+        self.console.print("Stopped early; every adapter is saved as it stands:", highlight=False)
+        for path in folder.saved.values():
+            self.console.print(f"  {path}", highlight=False, soft_wrap=True)
 
     def _announce(self, folder: RunFolder) -> None:
         num_base = sum(weight.numel() for weight in self.model.parameters() if not weight.requires_grad)
@@ -174,17 +186,22 @@ class Trainer:
         print_report(self.console, parameters_table(summaries))
 
     def _loop(self, folder: RunFolder, guard: InterruptGuard, metrics: MetricsWriter, progress: Progress) -> None:
-        self._evaluate([run for run in self.runs.values() if run.eval_set is not None], metrics, progress)
+        runs = list(self.runs.values())
+        self._evaluate(runs, metrics, progress)
+        self._retire(runs, folder, progress)
         self.model.train()
         while guard.signal is None and (micro_batches := self.dispatcher.next_batch()):
             stepped = self._step(micro_batches, metrics, progress)
-            due = [run for run in stepped if self._is_evaluation_due(run)]
-            self._evaluate(due, metrics, progress)
-            for run in [self.runs[micro_batch.adapter] for micro_batch in micro_batches]:
-                if not run.is_active:
-                    self.dispatcher.remove(run.job.name)
-                    folder.save(self.model, run)
-                    progress.done(run.job.name, run.status)
+            self._evaluate([run for run in stepped if self._is_evaluation_due(run)], metrics, progress)
+            self._retire([self.runs[micro_batch.adapter] for micro_batch in micro_batches], folder, progress)
+
+    def _retire(self, runs: Sequence[AdapterRun], folder: RunFolder, progress: Progress) -> None:
+        """Save and take out the adapters that have reached their end, a good one or a bad one."""
+        for run in runs:
+            if not run.is_active:
+                self.dispatcher.remove(run.job.name)
+                folder.save(self.model, run)
+                progress.done(run.job.name, run.status)
 
     def _step(
         self, micro_batches: Sequence[MicroBatch], metrics: MetricsWriter, progress: Progress
@@ -234,11 +251,11 @@ class Trainer:
         for name, (loss, count) in evaluate(self.model, held_out, self.config.max_batch_tokens).items():
             run = self.runs[name]
             row = EvalMetrics(adapter=name, step=run.steps_taken, eval_loss=loss, num_supervised_tokens=count)
-            run.evals.append(row)
+            run.record(row)
             metrics.write(row)
             progress.eval(row)
 
-    def _close(self, folder: RunFolder, saved: dict[str, Path]) -> TrainResult:
+    def _close(self, folder: RunFolder) -> TrainResult:
         self.model.eval()
         answers = answer_held_out_prompts(
             self.model, self.tokenizer, list(self.runs.values()), self.config.answer_examples
@@ -250,8 +267,9 @@ class Trainer:
                 num_steps=run.steps_taken,
                 seconds=run.seconds,
                 eval_loss_before=run.evals[0].eval_loss if run.evals else None,
-                eval_loss_after=run.evals[-1].eval_loss if len(run.evals) > 1 else None,
-                saved_to=saved[name],
+                # A failed adapter has gone back to weights that no evaluation has seen.
+                eval_loss_after=run.evals[-1].eval_loss if len(run.evals) > 1 and run.failure is None else None,
+                saved_to=folder.saved[name],
                 examples=answers[name],
             )
             for name, run in self.runs.items()

@@ -1,0 +1,1 @@
+"""Causal attention over samples of equal length."""

@@ -1,0 +1,31 @@
+"""What every test runs under."""
+
+import hypothesis
+import pytest
+import torch
+
+from moe_peft import load_base_model, load_tokenizer
+
+# Tiny tensors gain nothing from threads, and on a busy machine every wait for a second thread costs milliseconds.
+torch.set_num_threads(1)
+
+# A busy machine misses any deadline, and a test that fails must fail again.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every ``torch.empty`` comes filled with NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The built-in base model in float32 on the CPU, and its tokenizer; a test leaves no adapter on it."""
+    return load_base_model("smollm2-135m", dtype="float32", device="cpu"), load_tokenizer("smollm2-135m")

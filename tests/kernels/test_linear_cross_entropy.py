@@ -1,0 +1,133 @@
+"""Cross-entropy against the frozen head equals torch's on the full logits, which it never holds."""
+
+import pytest
+import torch
+from builders import assert_close, assert_error_like
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
+from moe_peft.kernels.linear_cross_entropy.reference import CHUNK_ROWS
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def make(n, d=13, v=37, *, dtype=torch.float64, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator, dtype=torch.float64).mul_(scale)
+    weight = torch.randn(v, d, generator=generator, dtype=torch.float64)
+    targets = torch.randint(v, (n,), generator=generator)
+    upstream = torch.randn(n, generator=generator, dtype=torch.float64)
+    return hidden.to(dtype), weight.to(dtype), targets, upstream
+
+
+def plain(hidden, weight, targets):
+    return cross_entropy(
+        (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)), targets, reduction="none"
+    )
+
+
+def both(function, hidden, weight, targets, upstream):
+    """Losses and the gradient of the rows for an uneven weighting of them."""
+    hidden = hidden.clone().requires_grad_()
+    losses = function(hidden, weight, targets)
+    (losses * upstream.to(losses.dtype)).sum().backward()
+    return losses.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("n", [1, 2, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS, 2 * CHUNK_ROWS + 45])
+def test_float64_equals_torch(n):
+    case = make(n)
+    losses, gradient = both(linear_cross_entropy, *case)
+    expected, expected_gradient = both(plain, *case)
+    assert losses.dtype == gradient.dtype == torch.float64
+    assert_close(losses, expected, 1e-12, "losses")
+    assert_close(gradient, expected_gradient, 1e-12, "gradient")
+
+
+def test_gradcheck():
+    hidden, weight, targets, _ = make(5, 4, 7)
+    assert torch.autograd.gradcheck(lambda x: linear_cross_entropy(x, weight, targets), hidden.requires_grad_())
+
+
+@pytest.mark.parametrize(("d", "v"), [(1, 1), (1, 5), (7, 2), (64, 3)])
+def test_odd_sizes(d, v):
+    case = make(3, d, v)
+    for actual, expected in zip(both(linear_cross_entropy, *case), both(plain, *case), strict=True):
+        assert_close(actual, expected, 1e-12)
+
+
+def test_no_rows():
+    hidden, weight, targets, _ = make(0)
+    hidden.requires_grad_()
+    losses = linear_cross_entropy(hidden, weight, targets)
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert hidden.grad.shape == (0, 13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_torchs_in_the_same_dtype(dtype):
+    hidden, weight, targets, upstream = make(2 * CHUNK_ROWS + 3, 48, 301, dtype=dtype)
+    truth = both(plain, hidden.double(), weight.double(), targets, upstream)
+    ours = both(linear_cross_entropy, hidden, weight, targets, upstream)
+    theirs = both(plain, hidden, weight, targets, upstream)
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == dtype
+    for i, name in enumerate(("losses", "gradient")):
+        assert_error_like(ours[i], theirs[i], truth[i], dtype, name)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e4])
+def test_extreme_logits(scale):
+    """Nothing overflows: a hopeless target costs its distance, a sure one nothing."""
+    case = make(9, dtype=torch.float32, scale=scale)
+    for actual, expected in zip(both(linear_cross_entropy, *case), both(plain, *case), strict=True):
+        assert_close(actual, expected, 1e-5)
+
+
+def test_without_gradients_none_is_taken():
+    hidden, weight, targets, _ = make(4)
+    assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    hidden.requires_grad_()
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+
+
+def test_a_row_keeps_its_nan():
+    hidden, weight, targets, upstream = make(6)
+    expected, expected_gradient = both(linear_cross_entropy, hidden, weight, targets, upstream)
+    hidden[2] = torch.nan
+    losses, gradient = both(linear_cross_entropy, hidden, weight, targets, upstream)
+    rest = [0, 1, 3, 4, 5]
+    assert losses[2].isnan()
+    assert torch.equal(losses[rest], expected[rest])
+    assert torch.equal(gradient[rest], expected_gradient[rest])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns, forward or backward."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.untyped_storage().nbytes() // value.element_size())
+        return result
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_the_logits_of_all_rows_never_exist(needs_gradient):
+    n, d, v = 5 * CHUNK_ROWS + 7, 3, 1024
+    hidden, weight, targets, _ = make(n, d, v, dtype=torch.float32)
+    hidden.requires_grad_(needs_gradient)
+    with LargestTensor() as watch:
+        losses = linear_cross_entropy(hidden, weight, targets)
+        if needs_gradient:
+            losses.sum().backward()
+    assert watch.largest == CHUNK_ROWS * v
+    with LargestTensor() as watch:
+        plain(hidden, weight, targets)
+    assert watch.largest >= n * v  # the watch sees what it should
