@@ -23,7 +23,7 @@ class AdapterDict(nn.Module):
     """
 
     def train(self, mode: bool = True) -> "AdapterDict":
-        """As ``nn.Module.train``, which would take the attribute for a module where an adapter is named ``training``."""
+        """As ``nn.Module.train``, which would mistake its attribute for an adapter named ``training``."""
         self.__dict__["training"] = mode
         for module in self.children():
             module.train(mode)
