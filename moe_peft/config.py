@@ -66,6 +66,17 @@ def _entry_keys(entry: Mapping[str, Any] | None, data: Mapping[str, Any]) -> tup
     return adapter_keys(None if entry is None else given.get("method"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """``yaml.SafeDumper`` that quotes Unicode's own line breaks, which it writes bare and reads back as spaces."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\\x85\\u2028\\u2029\\ufeff]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run: one frozen base model and the adapters that are trained on it together.
@@ -172,4 +183,4 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """:meth:`to_dict` as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,7 +1,7 @@
 """Reads files of training records, JSON lists and JSON lines, and reports every bad record with its line."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ Record = InstructionRecord | ChatRecord | TextRecord
 def read_records(path: str | Path) -> list[Record]:
     """Reads every record of a file.
 
-    A ``.json`` file holds one list, any other (``.jsonl``) one record a line. A record is a mapping with
-    ``instruction`` and ``output`` (and ``input``), or with ``messages``, or with ``text``.
+    A file named ``.json`` holds one list; any other holds one record a line (``.jsonl``), unless it begins as a list. A
+    record is a mapping with ``instruction`` and ``output`` (and ``input``), or with ``messages``, or with ``text``.
 
     Raises:
         FileNotFoundError: when there is no such file; says the nearest name that there is.
@@ -81,8 +81,9 @@ def read_records(path: str | Path) -> list[Record]:
     data = _read_bytes(path)
     records: list[Record] = []
     problems: list[tuple[int, str]] = []
+    is_list = path.suffix.lower() == ".json" or data.lstrip().startswith(b"[")
     try:
-        values = list((scan_list if path.suffix.lower() == ".json" else scan_lines)(data))
+        values = list(scan_list(data) if is_list else scan_lines(data))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for line, value in values:
@@ -114,17 +115,20 @@ def problem_report(source: str | Path, what: str, problems: Sequence[tuple[int, 
     return ValueError("\n".join(lines))
 
 
+def _did_you_mean(matches: Iterable[str]) -> str:
+    match = next(iter(matches), None)
+    return f"; did you mean {match!r}?" if match is not None else ""
+
+
 def _read_bytes(path: Path) -> bytes:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the data must be a .json or .jsonl file")
     if not path.exists():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, siblings, n=1)
+        close = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, siblings, n=1)]
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no data file {path}: the folder {path.parent} does not exist")
-        raise FileNotFoundError(
-            f"there is no data file {path}{f'; did you mean {path.with_name(close[0])}?' if close else ''}"
-        )
+        raise FileNotFoundError(f"there is no data file {path}{_did_you_mean(close)}")
     data = path.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16 text; it must be UTF-8")
@@ -147,9 +151,9 @@ def parse_record(value: object, line: int = 0) -> Record:
     if not kinds:
         if empty := next((key for key in _KINDS if key in value), None):
             raise ValueError(f"{empty}=null: the record has nothing there")
-        hints = [nearest(key, _KINDS) for key in value if isinstance(key, str)]
-        hint = next((hint for hint in hints if hint.startswith("; did")), "")
-        raise ValueError(f"a record must have 'instruction', 'messages' or 'text'; this one has {_names(value)}{hint}")
+        names = ", ".join(repr(key) for key in list(value)[:8]) or "no keys at all"
+        hint = _did_you_mean(match for key in value for match in difflib.get_close_matches(str(key), _KINDS, n=1))
+        raise ValueError(f"a record must have 'instruction', 'messages' or 'text'; this one has {names}{hint}")
     if kinds[:2] == ["instruction", "messages"]:
         raise ValueError("a record must have either 'instruction' or 'messages', not both")
     # Many instruction data sets carry the finished prompt as `text` beside its parts.
@@ -166,10 +170,6 @@ def parse_record(value: object, line: int = 0) -> Record:
     if kinds == ["messages"]:
         return ChatRecord(messages=_messages(value["messages"]), extra=extra, line=line)
     return TextRecord(text=_answer(value, "text"), extra=extra, line=line)
-
-
-def _names(value: Mapping[Any, Any]) -> str:
-    return ", ".join(repr(key) for key in list(value)[:8]) or "no keys at all"
 
 
 def _text(value: Mapping[str, Any], key: str, required: bool = False) -> str:
@@ -189,8 +189,8 @@ def _text(value: Mapping[str, Any], key: str, required: bool = False) -> str:
 def _answer(value: Mapping[str, Any], key: str) -> str:
     """A text that there must be, since it is what is learnt."""
     if value.get(key) is None:
-        hint = nearest(key, [name for name in value if isinstance(name, str)])
-        raise ValueError(f"the record has no {key!r}{hint if hint.startswith('; did') else ''}")
+        others = [name for name in value if isinstance(name, str) and name != key]
+        raise ValueError(f"the record has no {key!r}{_did_you_mean(difflib.get_close_matches(key, others, n=1))}")
     text = _text(value, key, required=True)
     if not text.strip():
         raise ValueError(f"{key}={show(text)} must not be blank")

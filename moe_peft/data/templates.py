@@ -85,10 +85,8 @@ def load_template(name_or_path: str | Path) -> Template:
         )
     path = _FOLDER / f"{name}.yaml" if name in builtin_templates() else Path(name).expanduser()
     if not path.is_file():
-        names = builtin_templates()
         raise ValueError(
-            f"template={name!r} must be one of {', '.join(names)}, or an existing file"
-            f"{hint if (hint := nearest(name, names)).startswith('; did') else ''}"
+            f"template={name!r} is neither a built-in template nor an existing file{nearest(name, builtin_templates())}"
         )
     try:
         values = check_keys(_read_mapping(path), tuple(_FIELDS), "")

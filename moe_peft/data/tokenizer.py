@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from moe_peft.data.chat_template import render_chat
 from moe_peft.data.gguf_tokenizer import read_gguf_tokenizer
 from moe_peft.data.hf_tokenizer import read_hf_tokenizer
 from moe_peft.data.sentencepiece_tokenizer import read_sentencepiece_tokenizer
@@ -80,6 +79,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(f"the tokenizer of {self._parts.origin} has no chat template")
+        from moe_peft.data.chat_template import render_chat  # and jinja2 with it, which only conversations need
+
         text = render_chat(
             self.chat_template,
             messages,

@@ -67,10 +67,8 @@ def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
     for source, mapping in sources:
         for name in SPECIAL_TOKEN_NAMES:
             if name in mapping and name not in named:
-                # Some files write an empty text for a token that there is not.
-                named[name] = (
-                    _added_token(mapping[name], f"{source}: {name}") if mapping[name] not in (None, "") else None
-                )
+                absent = mapping[name] in (None, "")  # both are written for a token that there is not
+                named[name] = None if absent else _added_token(mapping[name], f"{source}: {name}")
         extra += _extra_tokens(mapping, source)
     flags = {
         name: _flag(config, name, path)

@@ -77,7 +77,7 @@ class AdapterRun:
         loss = output.loss * (output.num_supervised_tokens / max(micro_batch.step_supervised, 1))
         aux_loss = output.aux_loss * (micro_batch.num_tokens / micro_batch.step_tokens)
         if not math.isfinite(loss.item() + aux_loss.item()):
-            self.fail(f"loss={loss.item()} and aux_loss={aux_loss.item()} must be finite")
+            self._fail(f"loss={loss.item()} and aux_loss={aux_loss.item()} must be finite")
             return None
         if micro_batch.index == 0:
             self._sums = _StepSums()
@@ -91,7 +91,7 @@ class AdapterRun:
         grads = [weight.grad for weight in self.parameters if weight.grad is not None]
         grad_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
         if not math.isfinite(grad_norm):
-            self.fail(f"gradient norm {grad_norm} must be finite")
+            self._fail(f"gradient norm {grad_norm} must be finite")
             return None
         if self.job.max_grad_norm is not None and grad_norm > self.job.max_grad_norm:
             torch._foreach_mul_(grads, self.job.max_grad_norm / grad_norm)
@@ -134,20 +134,22 @@ class AdapterRun:
         """Take in a held-out loss; one that is not finite ends the adapter."""
         self.evals.append(evaluation)
         if not math.isfinite(evaluation.eval_loss):
-            self.fail(f"eval_loss={evaluation.eval_loss} must be finite")
+            self._fail(f"eval_loss={evaluation.eval_loss} must be finite")
 
-    def check_weights(self) -> None:
-        """End the adapter when its last step left weights whose norm is not finite."""
-        norm = float(torch.nn.utils.get_total_norm([weight.detach() for weight in self.parameters]))
+    def settle(self) -> None:
+        """Make the weights fit to be kept: those of an adapter that failed become the last that gave a finite loss."""
+        weights = [weight.detach() for weight in self.parameters]
+        norm = float(torch.nn.utils.get_total_norm(weights))
         if self.failure is None and not math.isfinite(norm):
-            self.fail(f"the norm of the weights, {norm}, must be finite")
+            self._fail(f"the norm of the weights, {norm}, must be finite")
+        if self.failure is not None:
+            torch._foreach_copy_(weights, self._good_weights)
+            self.optimizer.zero_grad(set_to_none=True)
 
-    def fail(self, what: str) -> None:
-        """End the adapter and put back the last weights that gave a finite loss."""
+    def _fail(self, what: str) -> None:
+        # The weights stay until `settle`: the backward of the neighbours in the same forward passes through them.
         kept = max(self.steps_taken - 1, 0)
         self.failure = f"{what} (after optimizer step {self.steps_taken}; the weights of step {kept} are kept)"
-        torch._foreach_copy_([weight.detach() for weight in self.parameters], self._good_weights)
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _count_experts(self, output: ModelOutput) -> None:
         if output.router_logits is None:

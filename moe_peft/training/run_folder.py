@@ -70,7 +70,7 @@ class RunFolder:
 
     def save(self, model: LlamaForCausalLM, run: AdapterRun) -> None:
         """Write an adapter's current weights, or its last good ones."""
-        run.check_weights()
+        run.settle()
         path = self.adapter(run.job.name)
         save_adapter(model, run.job.name, path)
         self.saved[run.job.name] = path
