@@ -58,7 +58,7 @@ adapters:
 
 def help_text() -> str:
     """The whole ``--help``, its list of keys made from the config's dataclasses."""
-    from moe_peft.config_help import config_reference
+    from moe_peft.config.help import config_reference
 
     minimal = "".join(f"  {line}\n" for line in MINIMAL_CONFIG.splitlines())
     return HELP.format(minimal=minimal, reference=config_reference(), exit_codes=EXIT_CODES)

@@ -18,7 +18,7 @@ ROWS = [
     {"training"},
     {"generation", "request"},
     {"data", "io"},
-    {"config", "config_file", "config_help", "config_job", "config_overrides"},
+    {"config"},
     {"adapters"},
     {"model", "sampling", "streaming"},
     {"ops"},

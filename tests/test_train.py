@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moe_peft.config import AdapterJob, TrainConfig
-from moe_peft.config_job import adapter_keys
+from moe_peft.config.job import adapter_keys
 from moe_peft.strict import field_names
 from moe_peft.train import MINIMAL_CONFIG, main, read_config
 from moe_peft.training.errors import TrainingError

@@ -5,9 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from moe_peft.data.gguf_tokenizer import read_gguf_tokenizer
-from moe_peft.data.hf_tokenizer import read_hf_tokenizer
-from moe_peft.data.sentencepiece_tokenizer import read_sentencepiece_tokenizer
 from moe_peft.data.tokenizer_parts import TokenizerParts
 from moe_peft.io.source import BUILT_IN_MODELS, resolve_source
 
@@ -154,6 +151,11 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         FileNotFoundError: when there is no such file or folder.
         ValueError: when it holds no tokenizer, or one that cannot be understood.
     """
+    # The readers bring the tokenizers library with them, which nothing else needs.
+    from moe_peft.data.gguf_tokenizer import read_gguf_tokenizer
+    from moe_peft.data.hf_tokenizer import read_hf_tokenizer
+    from moe_peft.data.sentencepiece_tokenizer import read_sentencepiece_tokenizer
+
     path = Path(source).expanduser()
     if source in BUILT_IN_MODELS or not (path.is_dir() or (path.is_file() and path.suffix in (".json", ".model"))):
         path = resolve_source(source)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import tokenizers
+if TYPE_CHECKING:
+    import tokenizers
 
 # The names under which Hugging Face files, chat templates and we speak of special tokens.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -56,7 +57,9 @@ class FastBackend:
         suffix: ids put after it, likewise.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, prefix: Sequence[int] = (), suffix: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: "tokenizers.Tokenizer", prefix: Sequence[int] = (), suffix: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._prefix, self._suffix = list(prefix), list(suffix)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

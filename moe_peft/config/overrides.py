@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from moe_peft.config_file import parse_yaml
+from moe_peft.config.file import parse_yaml
 from moe_peft.strict import kind, nearest, show
 
 

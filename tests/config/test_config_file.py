@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_peft.config_file import parse_mapping, read_mapping
+from moe_peft.config.file import parse_mapping, read_mapping
 
 
 def parsing(text: str, *, is_json: bool = False) -> str:

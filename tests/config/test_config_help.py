@@ -2,8 +2,8 @@
 
 from moe_peft.adapters import METHODS
 from moe_peft.config import AdapterJob, TrainConfig
-from moe_peft.config_help import WIDTH, KeyDoc, config_reference, describe_keys
-from moe_peft.config_job import adapter_keys
+from moe_peft.config.help import WIDTH, KeyDoc, config_reference, describe_keys
+from moe_peft.config.job import adapter_keys
 from moe_peft.strict import field_names
 
 

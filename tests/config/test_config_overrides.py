@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_peft.config_overrides import KnownKeys, apply_overrides, parse_override
+from moe_peft.config.overrides import KnownKeys, apply_overrides, parse_override
 
 KEYS = {"lora": ["name", "method", "lr", "target_modules"], "mixlora": ["name", "method", "lr", "num_experts"]}
 

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from moe_peft.adapters import METHODS
 from moe_peft.config import TrainConfig
-from moe_peft.config_job import AdapterJob
+from moe_peft.config.job import AdapterJob
 from moe_peft.strict import type_name
 
 # Columns of the help text, and the one where meanings begin.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_peft.adapters import METHODS, LoraConfig, MixLoraConfig
 from moe_peft.config import AdapterJob, TrainConfig
-from moe_peft.config_job import adapter_keys
+from moe_peft.config.job import adapter_keys
 from moe_peft.strict import field_names
 
 LORA = {"name": "style", "method": "lora", "data": "style.jsonl"}

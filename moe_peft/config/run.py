@@ -10,11 +10,9 @@ from typing import Any, Literal
 import yaml
 
 from moe_peft import strict
-from moe_peft.config_file import parse_mapping, read_mapping
-from moe_peft.config_job import OPTIMIZER_KEYS, AdapterJob, adapter_keys, check_seed, require
-from moe_peft.config_overrides import KnownKeys, apply_overrides
-
-__all__ = ["AdapterJob", "TrainConfig"]
+from moe_peft.config.file import parse_mapping, read_mapping
+from moe_peft.config.job import OPTIMIZER_KEYS, AdapterJob, adapter_keys, check_seed, require
+from moe_peft.config.overrides import KnownKeys, apply_overrides
 
 
 def _run_keys() -> tuple[str, ...]:
@@ -135,7 +133,7 @@ class TrainConfig:
         """Reads a YAML or JSON file. Relative paths in it are relative to the current folder, not to the file's.
 
         Args:
-            overrides: ``key=value`` strings, as :func:`moe_peft.config_overrides.apply_overrides` reads them.
+            overrides: ``key=value`` strings, as :func:`moe_peft.config.overrides.apply_overrides` reads them.
 
         Raises:
             FileNotFoundError: when there is no such file.

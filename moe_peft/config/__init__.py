@@ -1,0 +1,6 @@
+"""The dataclasses of a training run, and how they are read."""
+
+from moe_peft.config.job import AdapterJob
+from moe_peft.config.run import TrainConfig
+
+__all__ = ["AdapterJob", "TrainConfig"]
