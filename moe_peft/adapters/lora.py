@@ -3,7 +3,6 @@
 Letters: I input features, O output features, R rank.
 """
 
-import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_peft import strict
 from moe_peft.model.draws import generator_for
 from moe_peft.model.linear import Linear, Lora, wide_dtype
 
@@ -47,6 +47,7 @@ class LoraConfig:
     peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
+        strict.check_fields(self)
         if self.r < 1:
             raise ValueError(f"r={self.r} must be at least 1")
         if not (self.lora_alpha > 0 and math.isfinite(self.lora_alpha)):
@@ -55,8 +56,6 @@ class LoraConfig:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in INITS:
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be true, false or {INITS[0]!r}")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
         _check_targets(self.target_modules)
 
     @property
@@ -132,14 +131,11 @@ def _check_targets(target_modules: str | tuple[str, ...]) -> None:
         return
     rule = f"must be {ALL_LINEAR!r} or a list of {', '.join(PROJECTIONS)}"
     if isinstance(target_modules, str) or not target_modules:
-        raise ValueError(f"target_modules={target_modules!r} {rule}{_nearest(target_modules or '', (ALL_LINEAR,))}")
+        raise ValueError(
+            f"target_modules={target_modules!r} {rule}{strict.did_you_mean(target_modules, (ALL_LINEAR, *PROJECTIONS))}"
+        )
     for name in target_modules:
         if name not in PROJECTIONS:
-            raise ValueError(f"target_modules has {name!r}, but {rule}{_nearest(str(name), PROJECTIONS)}")
+            raise ValueError(f"target_modules has {name!r}, but {rule}{strict.did_you_mean(name, PROJECTIONS)}")
     if len(set(target_modules)) < len(target_modules):
         raise ValueError(f"target_modules={list(target_modules)} names a module twice")
-
-
-def _nearest(name: object, valid: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(name), [*valid, *PROJECTIONS], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -66,6 +66,7 @@ def save_adapter(model: LlamaForCausalLM, name: str, folder: str | Path) -> None
         "inference_mode": True,
         "bias": "none",
         **dataclasses.asdict(config),
+        "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
         "target_modules": list(config.targets),
     }
     with atomic_folder(target, replace=True) as partial:

@@ -13,7 +13,7 @@ NAN, INF = float("nan"), float("inf")
 REFUSED = [
     ({"r": 0}, "r=0 must be at least 1"),
     ({"r": -2}, "r=-2"),
-    ({"lora_alpha": 0}, "lora_alpha=0 must be above 0"),
+    ({"lora_alpha": 0}, "lora_alpha=0.0 must be above 0"),
     ({"lora_alpha": -1.5}, "lora_alpha=-1.5"),
     ({"lora_alpha": NAN}, "lora_alpha=nan"),
     ({"lora_alpha": INF}, "lora_alpha=inf"),
@@ -28,7 +28,7 @@ REFUSED = [
     ({"target_modules": ["q_prj"]}, "target_modules has 'q_prj', .* did you mean 'q_proj'"),
     ({"target_modules": ["q_proj", "lm_head"]}, "target_modules has 'lm_head'"),
     ({"target_modules": ["w1"]}, "target_modules has 'w1'"),
-    ({"target_modules": [3]}, "target_modules has 3"),
+    ({"target_modules": [3]}, "target_modules\\[0\\]=3 must be str"),
     ({"target_modules": ["all-linear"]}, "target_modules has 'all-linear'"),
     ({"target_modules": ["q_proj", "v_proj", "q_proj"]}, "names a module twice"),
 ]

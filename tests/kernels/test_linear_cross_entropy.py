@@ -86,6 +86,15 @@ def test_extreme_logits(scale):
         assert_close(actual, expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_flat_distribution_over_a_large_vocabulary(dtype):
+    """The sum of 70000 equal exponentials is more than float16 holds."""
+    hidden, weight, targets, upstream = make(3, 4, 70_000, dtype=dtype, scale=1e-3)
+    truth = both(plain, hidden.double(), weight.double(), targets, upstream)
+    for actual, expected in zip(both(linear_cross_entropy, hidden, weight, targets, upstream), truth, strict=True):
+        assert_close(actual, expected, 0.02)
+
+
 def test_without_gradients_none_is_taken():
     hidden, weight, targets, _ = make(4)
     assert not linear_cross_entropy(hidden, weight, targets).requires_grad
