@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_peft.chat import BASE, Chat
 from moe_peft.command import EXIT_CODES, CommandParser, run_command
-from moe_peft.command_model import MODEL_OPTIONS, LoadedModel, add_model_arguments, load_named_model
-from moe_peft.command_prompts import PromptForm, Question, read_questions
+from moe_peft.command.chat import BASE, Chat
+from moe_peft.command.model import MODEL_OPTIONS, LoadedModel, add_model_arguments, load_named_model
+from moe_peft.command.prompts import PromptForm, Question, read_questions
 from moe_peft.data.templates import CHAT, load_template
 from moe_peft.generation import generate_tokens, not_finite_message
+from moe_peft.generation.request import Completion, Request, check_adapter_name, check_request
+from moe_peft.generation.sampling import Sampling
 from moe_peft.model.batch import parse_expert_name
-from moe_peft.request import Completion, Request, check_adapter_name, check_request
-from moe_peft.sampling import Sampling
 from moe_peft.strict import show
 from moe_peft.training.errors import TrainingError
 

@@ -7,8 +7,8 @@ from moe_peft.data.samples import render_prompt
 from moe_peft.data.templates import load_template
 from moe_peft.data.tokenizer import Tokenizer
 from moe_peft.generation import generate_tokens
+from moe_peft.generation.request import Request, context_limit
 from moe_peft.model.llama import LlamaForCausalLM
-from moe_peft.request import Request, context_limit
 from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.summary import AnswerExample
 

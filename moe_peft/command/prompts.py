@@ -9,7 +9,7 @@ from typing import Any
 from moe_peft import strict
 from moe_peft.data.templates import Template
 from moe_peft.data.tokenizer import Tokenizer
-from moe_peft.request import Message, encode_prompt
+from moe_peft.generation.request import Message, encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_run import make_base_folder
 
-from moe_peft.command_prompts import PromptForm, Question, read_questions
+from moe_peft.command.prompts import PromptForm, Question, read_questions
 from moe_peft.data.records import InstructionRecord
 from moe_peft.data.supervision import render_prompt
 from moe_peft.data.templates import load_template

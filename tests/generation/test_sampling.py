@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from moe_peft import sampling as sampling_module
-from moe_peft.sampling import Sampling, filtered_probabilities, pick_tokens
+from moe_peft.generation import sampling as sampling_module
+from moe_peft.generation.sampling import Sampling, filtered_probabilities, pick_tokens
 
 VOCAB = 7
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -0.4, 0.9])

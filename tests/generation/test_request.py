@@ -7,8 +7,8 @@ from tiny_run import make_base_folder
 
 from moe_peft import LoraConfig, MixLoraConfig
 from moe_peft.data.tokenizer import Tokenizer, load_tokenizer
+from moe_peft.generation.request import Request, check_request, context_limit, encode_prompt
 from moe_peft.model.config import RopeScaling
-from moe_peft.request import Request, check_request, context_limit, encode_prompt
 
 
 @pytest.fixture(scope="module")

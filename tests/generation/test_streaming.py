@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
-from moe_peft.streaming import TextStream
+from moe_peft.generation.streaming import TextStream
 
 
 class Pieces:

@@ -12,11 +12,11 @@ from builders import add_random_adapter, random_samples, tiny_config, tiny_model
 
 from moe_peft import BatchConfig, LlamaForCausalLM, LoraConfig, MixLoraConfig, ModelInput
 from moe_peft.generation import generate, generate_tokens
+from moe_peft.generation.request import Completion, Request, encode_prompt
+from moe_peft.generation.sampling import Sampling
 from moe_peft.io.source import resolve_source
 from moe_peft.model.cache import KVCache
 from moe_peft.model.config import RopeScaling
-from moe_peft.request import Completion, Request, encode_prompt
-from moe_peft.sampling import Sampling
 
 NAMES = ("", "style", "qa", "other", "moe.qa.experts.1")
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from moe_peft import strict
 from moe_peft.data.tokenizer import Tokenizer
+from moe_peft.generation.request import Completion, FinishReason, Prompt, Request, check_request, encode_prompt
+from moe_peft.generation.sampling import Sampling, pick_tokens
+from moe_peft.generation.streaming import TextStream
 from moe_peft.model.batch import BatchConfig, ModelInput
 from moe_peft.model.cache import KVCache
 from moe_peft.model.llama import LlamaForCausalLM
-from moe_peft.request import Completion, FinishReason, Prompt, Request, check_request, encode_prompt
-from moe_peft.sampling import Sampling, pick_tokens
-from moe_peft.streaming import TextStream
 
 OnText = Callable[[int, str], None]
 
