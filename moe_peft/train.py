@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moe_peft.command import EXIT_CODES, CommandParser, run_command
+from moe_peft.command.memory import reuse_freed_memory
 from moe_peft.config import TrainConfig
 
 HELP = """Trains many adapters (LoRA, mixtures of LoRA experts) at once on one frozen LLaMA-family model.
@@ -85,6 +86,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], object] | None:
         print("No config given: running the embedded default. --help says how to write your own.", flush=True)
     from moe_peft.training.trainer import Trainer
 
+    reuse_freed_memory()
     return Trainer(config).train
 
 

@@ -15,13 +15,13 @@ class _CausalAttention(torch.autograd.Function):
         out, log_z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), 0.0, True
         )
-        ctx.save_for_backward(q, k, v, out, log_z)
+        ctx.save_for_backward(q, k, v, log_z)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, log_z = ctx.saved_tensors
-        return causal_attention_backward(grads[0], q, k, v, out, log_z, q.shape[3] ** -0.5)
+        q, k, v, log_z = ctx.saved_tensors
+        return causal_attention_backward(grads[0], q, k, v, log_z, q.shape[3] ** -0.5)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

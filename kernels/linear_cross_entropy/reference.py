@@ -39,7 +39,7 @@ def linear_cross_entropy_forward(
         z = exponentials.sub_(highest).exp_().sum(dim=1, keepdim=True)  # [c, 1]
         nll[rows] = (z.log() + highest - target_logits).squeeze(1)
         if gradient is not None:
-            # (softmax - one_hot) W, divided by z after the product, where a row is D wide and not V.
-            exponentials.scatter_add_(1, row_targets, -z)
-            gradient[rows] = (exponentials.to(hidden.dtype) @ weight).div_(z)
+            probabilities = exponentials.div_(z)
+            probabilities.scatter_add_(1, row_targets, torch.full_like(z, -1.0))
+            torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[rows])
     return nll, gradient

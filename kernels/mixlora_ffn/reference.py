@@ -146,8 +146,7 @@ def mixlora_ffn_backward(
         weight = gates[:, slot, None].to(dtype)
         u1 = _expert_product(p1, a1, b1, chosen, scaling)
         u3 = _expert_product(p3, a3, b3, chosen, scaling)
-        sigmoid = u1.sigmoid()
-        silu = u1 * sigmoid
+        silu = torch.nn.functional.silu(u1)
         h = silu * u3
         dh = dhidden
         if dlowered is not None and flat_down is not None and d_flat_down is not None:
@@ -162,7 +161,7 @@ def mixlora_ffn_backward(
         dgates[:, slot] = _row_dot(dh, h).to(gates.dtype)
         dh = dh * weight
         du3 = dh * silu
-        du1 = dh.mul_(u3).mul_(sigmoid.mul_(1 + u1.sub_(silu)))  # u1 - silu = u1 (1 - sigmoid)
+        du1 = torch.ops.aten.silu_backward(dh.mul_(u3), u1)
         dp1 += du1
         dp3 += du3
         for du, a, da, b, db in ((du1, a1, da1, b1, db1), (du3, a3, da3, b3, db3)):

@@ -131,7 +131,7 @@ def plot_expert_load(load: np.ndarray, png_path: str | Path, adapter: str) -> No
     """
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     assert load.ndim == 2, f"load must be [layers, experts], not {load.shape}"
     num_layers, num_experts = load.shape
@@ -163,10 +163,11 @@ def plot_expert_load(load: np.ndarray, png_path: str | Path, adapter: str) -> No
         ticks.set_major_locator(MaxNLocator(nbins=min(count + 1, 32), integer=True, min_n_ticks=1))
     axis.tick_params(labelsize=8)
 
-    bar = figure.colorbar(image, ax=axis, format=PercentFormatter(1.0, decimals=0))
-    other = [tick for tick in np.linspace(0.0, largest, 5) if abs(tick - balanced) > 0.09 * largest]
-    bar.set_ticks([*other, balanced])
-    bar.ax.set_yticklabels([*(f"{100 * tick:.3g}%" for tick in other), f"{100 * balanced:.3g}% balanced"])
+    bar = figure.colorbar(image, ax=axis)
+    round_ticks = MaxNLocator(nbins=6).tick_values(0.0, largest)
+    others = [tick for tick in round_ticks if tick <= largest and abs(tick - balanced) > 0.06 * largest]
+    bar.set_ticks([*others, balanced])
+    bar.ax.set_yticklabels([*(f"{100 * tick:.3g}%" for tick in others), f"{100 * balanced:.3g}% balanced"])
     bar.ax.axhline(balanced, color="black", linewidth=1.5)
     bar.ax.tick_params(labelsize=8)
     _save(figure, png_path)

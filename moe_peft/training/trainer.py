@@ -70,7 +70,7 @@ class Trainer:
         # Data before weights: a typo in a path shows in a second.
         self.tokenizer = load_tokenizer(config.base_model)
         sets = {job.name: self._read_samples(job) for job in config.adapters}
-        self.console.print(f"Loading the base model {config.base_model}", highlight=False)
+        self._say(f"Loading the base model {config.base_model}")
         self.model = load_base_model(config.base_model, dtype=config.dtype, device=config.device)
         self._check_fit(sets)
         self.runs = {job.name: self._new_run(job, *sets[job.name]) for job in config.adapters}
@@ -156,10 +156,14 @@ class Trainer:
             self._tell_where(folder)
             raise
 
+    def _say(self, text: str) -> None:
+        # As it is: a path may hold what rich would read as markup.
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _tell_where(self, folder: RunFolder) -> None:
-        self.console.print("Stopped early; every adapter is saved as it stands:", highlight=False)
+        self._say("Stopped early; every adapter is saved as it stands:")
         for path in folder.saved.values():
-            self.console.print(f"  {path}", highlight=False, soft_wrap=True)
+            self._say(f"  {path}")
 
     def _announce(self, folder: RunFolder) -> None:
         num_base = sum(weight.numel() for weight in self.model.parameters() if not weight.requires_grad)
@@ -180,9 +184,7 @@ class Trainer:
         where = f"{dtype} on {self.model.device}"
         if self.model.device.type == "cpu":
             where += f" ({torch.get_num_threads()} threads)"
-        self.console.print(
-            f"{num_base:,} frozen parameters, {where}; run folder {folder.path}", highlight=False, soft_wrap=True
-        )
+        self._say(f"{num_base:,} frozen parameters, {where}; run folder {folder.path}")
         print_report(self.console, parameters_table(summaries))
 
     def _loop(self, folder: RunFolder, guard: InterruptGuard, metrics: MetricsWriter, progress: Progress) -> None:
