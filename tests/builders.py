@@ -151,9 +151,15 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float, what: st
     assert error <= allowed, f"{what}: error {error:.3e} above {allowed:.3e}"
 
 
-def assert_error_like(actual: Tensor, reference: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """Our error is at most a plain computation's in the same dtype and half a rounding, both against the truth."""
+def assert_error_like(
+    actual: Tensor, reference: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "", floor: float = 0.0
+) -> None:
+    """Our error is at most a plain computation's in the same dtype and half a rounding, both against the truth.
+
+    Args:
+        floor: norm of the terms that cancel in the result; what they round off stays in it.
+    """
     assert actual.dtype == reference.dtype, f"{what}: {actual.dtype} is not {reference.dtype}"
     ours, theirs = ((side.detach().double() - truth.double()).norm().item() for side in (actual, reference))
-    allowed = 1.2 * theirs + 0.5 * torch.finfo(dtype).eps * truth.norm().item()
+    allowed = 1.2 * theirs + 0.5 * torch.finfo(dtype).eps * max(truth.norm().item(), floor)
     assert ours <= allowed, f"{what}: error {ours:.3e} above {allowed:.3e}; the plain computation's is {theirs:.3e}"

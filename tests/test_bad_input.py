@@ -1,81 +1,42 @@
 """What bad input gets through the real commands: one clear message, the right exit code, and nothing written."""
 
-import json
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from tiny_run import adapter_entry, instructions, make_base_folder, make_base_gguf, write_jsonl
+from refusal import Refused, assert_refused, enter_folder, run_fields, write_config
+from tiny_run import adapter_entry, make_base_folder, write_jsonl
 
-from moe_peft import LoraConfig, MixLoraConfig, load_base_model, save_adapter
-from moe_peft.generate import main as generate
 from moe_peft.train import main as train
-from moe_peft.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a good base model."""
     return make_base_folder(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunFolder, "draw", lambda self, runs: None)
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder with good data, ``train.jsonl`` and ``eval.jsonl``."""
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "train.jsonl", instructions(6))
-    write_jsonl(tmp_path / "eval.jsonl", instructions(3))
+    """The current folder."""
+    enter_folder(tmp_path, monkeypatch)
     return tmp_path
-
-
-def run_fields(base: Path, *entries: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    entries = entries or (adapter_entry("qa", "train.jsonl"),)
-    fields = {"base_model": str(base), "device": "cpu", "output_dir": "run", "answer_examples": 0}
-    return {**fields, "adapters": list(entries), **changes}
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its content."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
-    }
-
-
-Refused = Callable[..., str]
 
 
 @pytest.fixture
 def refused(place: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs ``train`` on these fields; it must exit with 2, say these words on stderr, and leave no trace."""
+    """Runs ``train`` on a config that must be refused with these words."""
 
-    def check(fields: Mapping[str, Any] | str, *words: str, overrides: tuple[str, ...] = (), lines: int = 1) -> str:
-        text = fields if isinstance(fields, str) else yaml.safe_dump(dict(fields), sort_keys=False)
-        (place / "config.yaml").write_text(text)
-        before = snapshot(place)
-        capsys.readouterr()
-        code = train(["config.yaml", *overrides])
-        _, errors = capsys.readouterr()
-        assert code == 2, errors
-        assert errors.startswith("error: ")
-        assert "Traceback" not in errors
-        assert errors.count("\n") == lines, errors
-        for word in words:
-            assert word in errors
-        assert snapshot(place) == before, "a refused run leaves no trace"
-        return errors
+    def check(fields: Mapping[str, Any] | str, *words: str, overrides: Sequence[str] = (), lines: int = 1) -> None:
+        write_config(fields)
+        assert_refused(train, ["config.yaml", *overrides], capsys, *words, lines=lines)
 
     return check
 
 
 def test_the_good_config_runs(base: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "config.yaml").write_text(yaml.safe_dump(run_fields(base)))
+    write_config(run_fields(base))
     assert train(["config.yaml"]) == 0
     assert capsys.readouterr().err == ""
     assert (place / "run" / "adapters" / "qa" / "adapter_model.safetensors").is_file()
@@ -125,7 +86,12 @@ def test_the_good_config_runs(base: Path, place: Path, capsys: pytest.CaptureFix
         ("run", "base_model", "smollm-135m", "did you mean 'smollm2-135m'?"),
         ("entry", "data", "tran.jsonl", "adapter 'qa': there is no data file tran.jsonl; did you mean 'train.jsonl'?"),
         ("entry", "data", "no/such.jsonl", "adapter 'qa': there is no data file no/such.jsonl"),
-        ("entry", "eval_data", "evil.jsonl", "adapter 'qa': there is no data file evil.jsonl; did you mean 'eval.jsonl'?"),
+        (
+            "entry",
+            "eval_data",
+            "evil.jsonl",
+            "adapter 'qa': there is no data file evil.jsonl; did you mean 'eval.jsonl'?",
+        ),
         ("entry", "data", "bundled:nothing", "adapter 'qa': 'bundled:nothing' is not a bundled data set"),
         ("entry", "template", "alpacca", "adapter 'qa': template='alpacca' is neither a built-in template nor"),
     ],
@@ -190,13 +156,13 @@ def test_a_missing_config_file(place: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ("", 1, ["adapter 'qa': bad.jsonl holds no records"]),
         ("\n \n", 1, ["adapter 'qa': bad.jsonl holds no records"]),
-        ('{"instruction": "x"}', 2, ["adapter 'qa': bad.jsonl has bad records, 1 of 1", "line 1: the record has no 'output'"]),
+        ('{"instruction": "x"}', 2, ["adapter 'qa': bad.jsonl has bad records, 1 of 1", "line 1: ", "no 'output'"]),
         ('{"instruction": "x", "output": " "}', 2, ["line 1: output=' ' must not be blank"]),
         ('{"instruction": "x", "outptu": "y"}', 2, ["line 1: the record has no 'output'; did you mean 'outptu'?"]),
         ('{"messages": [{"role": "user", "content": "x"}]}', 2, ["line 1: messages has no assistant turn"]),
-        ('{"messages": [{"role": "usr", "content": "x"}]}', 2, ["messages[0].role='usr' is not a known role; did you mean"]),
+        ('{"messages": [{"role": "usr", "content": "x"}]}', 2, ["messages[0].role='usr' is not a known role"]),
         ('{"text": ""}', 2, ["line 1: text='' must not be blank"]),
-        ('{"prompt": "x"}', 2, ["line 1: a record must have 'instruction', 'messages' or 'text'; this one has 'prompt'"]),
+        ('{"prompt": "x"}', 2, ["line 1: a record must have", "this one has 'prompt'"]),
         ('{"text": "ok"}\n\n{"text": 3}\nnonsense\n', 3, ["2 of 3", "line 3: text=3 must be a string", "line 4: "]),
     ],
 )  # fmt: skip
@@ -222,135 +188,8 @@ def test_an_output_folder_that_is_taken(base: Path, place: Path, refused: Refuse
     refused(run_fields(base, output_dir="train.jsonl/x"), "'train.jsonl/x' must be a folder, but train.jsonl is a file")
 
 
-def damaged_copies(path: Path) -> list[tuple[bytes, str]]:
-    """Ways in which a file may be cut or corrupted, with a name for each."""
-    whole = path.read_bytes()
-    copies = [(whole[:length], f"cut to {length}") for length in (0, 3, 8, 30, len(whole) // 2, len(whole) - 1)]
-    generator = random.Random(0)
-    noise = bytes(generator.randrange(256) for _ in range(200))
-    copies += [(noise + whole[200:], "noise at the beginning"), (b"\0" * len(whole), "zeros")]
-    return [*copies, (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS")]
-
-
-def test_a_damaged_safetensors_base(place: Path, refused: Refused) -> None:
-    base = make_base_folder(place / "base")
-    weights = base / "model.safetensors"
-    for content, _ in damaged_copies(weights):
-        weights.write_bytes(content)
-        refused(run_fields(Path("base")), "base/model.safetensors is truncated or corrupted")
-    weights.unlink()
-    refused(run_fields(Path("base")), "base has no model.safetensors")
-
-
-def test_a_damaged_gguf_base(place: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
-    path = make_base_gguf(place / "base.gguf")
-    fields = run_fields(Path("base.gguf"), adapter_entry("qa", "train.jsonl", cutoff_len=200))
-    (place / "config.yaml").write_text(yaml.safe_dump({**fields, "output_dir": "good"}))
-    assert train(["config.yaml"]) == 0, capsys.readouterr().err
-    for content, _ in damaged_copies(path):
-        path.write_bytes(content)
-        refused(fields, "base.gguf ")
-    path.unlink()
-    refused(fields, "there is no base model 'base.gguf'")
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("config.json", "{", "config.json is not valid JSON"),
-        ("config.json", '{"model_type": "gpt2"}', "gpt2"),
-        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json must hold a mapping"),
-        ("config.json", None, "base has no config.json"),
-        ("tokenizer.json", None, "base"),
-    ],
-)
-def test_a_damaged_base_folder(file: str, content: str | None, words: str, place: Path, refused: Refused) -> None:
-    base = make_base_folder(place / "base")
-    (base / file).unlink()
-    if content is not None:
-        (base / file).write_text(content)
-    refused(run_fields(Path("base")), words)
-
-
-def test_a_base_whose_config_is_not_its_weights(place: Path, refused: Refused) -> None:
-    base = make_base_folder(place / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    refused(run_fields(Path("base")), "mlp.gate_proj.weight has shape [36, 24] where the config says [40, 24]")
-
-
-@pytest.fixture
-def generate_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs ``generate`` with these arguments; it must exit with 2 and say these words."""
-
-    def check(arguments: list[str], *words: str) -> str:
-        capsys.readouterr()
-        before = snapshot(place)
-        code = generate([*arguments, "--prompt", "hello", "--max-new-tokens", "2", "--device", "cpu"])
-        text, errors = capsys.readouterr()
-        assert (code, text) == (2, ""), errors
-        assert errors.startswith("error: ")
-        assert errors.count("\n") == 1, errors
-        for word in words:
-            assert word in errors
-        assert snapshot(place) == before
-        return errors
-
-    return check
-
-
-@pytest.mark.parametrize("method", ["lora", "mixlora"])
-def test_an_adapter_folder_that_does_not_fit(
-    method: str, base: Path, place: Path, generate_refuses: Refused, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = LoraConfig(r=2) if method == "lora" else MixLoraConfig(r=2, num_experts=2)
-    model = load_base_model(base, device="cpu")
-    model.add_adapter("qa", config)
-    save_adapter(model, "qa", "qa")
-    arguments = ["--base", str(base), "--adapter", "qa"]
-    assert generate([*arguments, "--prompt", "hello", "--max-new-tokens", "2"]) == 0
-    for name, changes in (("wide", {"hidden_size": 32}), ("deep", {"num_hidden_layers": 3})):
-        other = make_base_folder(place / name, **changes)
-        generate_refuses(["--base", str(other), "--adapter", "qa"], "qa/adapter_model.safetensors", "another base")
-    weights = place / "qa" / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    for content, _ in damaged_copies(weights):
-        weights.write_bytes(content)
-        generate_refuses(arguments, "qa/adapter_model.safetensors is truncated or corrupted")
-    weights.unlink()
-    generate_refuses(arguments, "qa has no adapter_model.safetensors")
-    weights.write_bytes(whole)
-    settings = place / "qa" / "adapter_config.json"
-    fields = json.loads(settings.read_text())
-    settings.write_text(json.dumps({**fields, "use_dora": True}))
-    generate_refuses(arguments, "qa/adapter_config.json: use_dora=True changes the adapter and is not supported")
-    settings.write_text("{")
-    generate_refuses(arguments, "qa/adapter_config.json is not valid JSON")
-    generate_refuses(["--base", str(base), "--adapter", "qb"], "there is no folder qb")
-    generate_refuses(["--base", str(base), "--adapter", "train.jsonl"], "train.jsonl")
-
-
-def test_a_loss_that_is_not_finite_is_a_failure_with_the_others_saved(
-    base: Path, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    entries = [adapter_entry("bad", "train.jsonl", lr=1e30), adapter_entry("good", "train.jsonl")]
-    (place / "config.yaml").write_text(yaml.safe_dump(run_fields(base, *entries)))
-    assert train(["config.yaml"]) == 1
-    text, errors = capsys.readouterr()
-    assert errors == (
-        "error: adapter 'bad': loss=nan and aux_loss=0.0 must be finite "
-        "(after optimizer step 1; the weights of step 0 are kept)\n"
-    )
-    assert "Traceback" not in text
-    for name in ("bad", "good"):
-        assert f"{name}: saved to run/adapters/{name}" in text
-        arguments = ["--base", str(base), "--adapter", f"run/adapters/{name}", "--device", "cpu"]
-        assert generate([*arguments, "--prompt", "hello", "--max-new-tokens", "2"]) == 0
-
-
 def test_debug_adds_the_traceback(base: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "config.yaml").write_text(yaml.safe_dump(run_fields(base, seed="x")))
+    write_config(run_fields(base, seed="x"))
     assert train(["config.yaml", "--debug"]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback (most recent call last):")

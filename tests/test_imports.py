@@ -139,6 +139,18 @@ def test_what_nobody_imports(name):
             assert own or first in {"torch", "triton", *sys.stdlib_module_names}, f"{name} imports {found.module}"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_no_file_becomes_code(name):
+    """No pickle behind ``torch.load``, no ``eval``, no shell string."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert called not in {"eval", "exec", "os.system", "os.popen", "torch.save"}, f"{name} calls {called}"
+            assert called != "torch.load" or keywords.get("weights_only") == "True", f"{name}: torch.load"
+            assert keywords.get("shell", "False") == "False", f"{name}: {called} with a shell"
+
+
 def test_no_module_imports_itself_in_a_circle():
     """Rooms of one row, ``data`` and ``io``, could otherwise import each other."""
     edges = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import tokenizers
 import torch
 from builders import randomize
@@ -78,6 +79,39 @@ def make_base_folder(folder: Path, *, dtype: torch.dtype = torch.float32, seed: 
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def make_base_gguf(path: Path) -> Path:
+    """The same as one GGUF file: its shapes and its tokenizer, with other weights."""
+    tokenizer = byte_tokenizer()
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    merges = [" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(256)
+    writer.add_embedding_length(24)
+    writer.add_feed_forward_length(36)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {"token_embd": (len(tokens), 24), "output_norm": (24,), "blk.0.attn_norm": (24,), "blk.0.ffn_norm": (24,)}
+    shapes |= {"blk.0.attn_q": (24, 24), "blk.0.attn_k": (12, 24), "blk.0.attn_v": (12, 24)}
+    shapes |= {"blk.0.attn_output": (24, 24), "blk.0.ffn_gate": (36, 24), "blk.0.ffn_up": (36, 24)}
+    shapes |= {"blk.0.ffn_down": (24, 36)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.full(shape, 0.1).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def instructions(count: int, *, shift: int = 0) -> list[dict[str, str]]:

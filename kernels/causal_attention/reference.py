@@ -18,8 +18,8 @@ def causal_attention_backward(
     """Gradients of ``softmax(scale q k^T) v`` below the diagonal.
 
     The query heads that share a key-value head stand as further rows of one product, so their gradients of k and v add
-    up inside it. Probabilities are computed again, from scores in float32: where attention is sharp, scores are large, and
-    rounding them to 16 bits would give the backward other probabilities than the forward had.
+    up inside it. Probabilities are computed again, from scores in float32: where attention is sharp, scores are large,
+    and rounding them to 16 bits would give the backward other probabilities than the forward had.
 
     Args:
         d_out: gradient of out, ``[B, H, L, d]``.

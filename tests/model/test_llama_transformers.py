@@ -31,6 +31,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+RAMP = {**YARN, "beta_fast": 3.0, "beta_slow": 0.4}  # from pair 0.92 to pair 4.43 of a head of 32: both ends round
 
 # name: (family, changed transformers settings, changed settings of ours)
 CASES = {
@@ -74,13 +75,15 @@ CASES = {
         {"rope_parameters": rope("yarn", **YARN)},
         {"rope_scaling": RopeScaling(rope_type="yarn", **YARN)},
     ),
+    "yarn_ramp": (
+        "llama",
+        {"head_dim": 32, "rope_parameters": rope("yarn", **RAMP)},
+        {"head_dim": 32, "rope_scaling": RopeScaling(rope_type="yarn", **RAMP)},
+    ),
     "yarn_untruncated": (
         "llama",
-        {"head_dim": 32, "rope_parameters": rope("yarn", **YARN, truncate=False, beta_fast=4.0, beta_slow=0.5)},
-        {
-            "head_dim": 32,
-            "rope_scaling": RopeScaling(rope_type="yarn", **YARN, truncate=False, beta_fast=4.0, beta_slow=0.5),
-        },
+        {"head_dim": 32, "rope_parameters": rope("yarn", **RAMP, truncate=False)},
+        {"head_dim": 32, "rope_scaling": RopeScaling(rope_type="yarn", **RAMP, truncate=False)},
     ),
     "yarn_attention_factor": (
         "llama",
