@@ -86,7 +86,9 @@ def _run_config(run: Path) -> Path:
 
 
 def _run_adapters(run: Path) -> dict[str, Path]:
-    folders = {path.parent.name: path.parent for path in sorted((run / "adapters").glob(f"*/{CONFIG_FILE}"))}
+    # A hidden folder is one that a killed process was still writing.
+    found = sorted((run / "adapters").glob(f"[!.]*/{CONFIG_FILE}"))
+    folders = {path.parent.name: path.parent for path in found}
     if not folders:
         raise ValueError(f"--run {run} has no adapters yet: {run / 'adapters'} holds none")
     return folders

@@ -1,9 +1,11 @@
 """Writing files and folders so that a crash leaves the old one or the new one, never half of one."""
 
+import ctypes
 import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +71,10 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _swap_in(partial: Path, target: Path) -> None:
+    if target.exists() and _exchange(partial, target):
+        _flush_to_disk(target.parent)
+        shutil.rmtree(partial, ignore_errors=True)  # which holds the old files now
+        return
     retired = None
     if target.exists():
         retired = _beside(target)
@@ -82,6 +88,15 @@ def _swap_in(partial: Path, target: Path) -> None:
     _flush_to_disk(target.parent)
     if retired is not None:
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step, where the system can (Linux); otherwise there is a moment between two renames."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    at_current_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return bool(renameat2(at_current_folder, bytes(first), at_current_folder, bytes(second), exchange) == 0)
 
 
 def _refuse_occupied(target: Path, replace: bool) -> None:

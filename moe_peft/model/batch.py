@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+_INTEGERS = (torch.int32, torch.int64)
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EXPERT_NAME = re.compile(r"moe\.([A-Za-z0-9_-]+)\.experts\.(0|[1-9]\d*)")
 
@@ -73,6 +74,9 @@ class ModelInput:
             raise ValueError(
                 f"input_ids has shape {tuple(self.input_ids.shape)} but must be [T]; from_padded takes [B, L]"
             )
+        for name, tensor in (("input_ids", self.input_ids), ("cu_seqlens", self.cu_seqlens), ("labels", self.labels)):
+            if tensor is not None and tensor.dtype not in _INTEGERS:
+                raise ValueError(f"{name} has dtype {tensor.dtype} but must hold int32 or int64")
         num_tokens = self.input_ids.shape[0]
         if self.cu_seqlens.dim() != 1:
             raise ValueError(f"cu_seqlens has shape {tuple(self.cu_seqlens.shape)} but must be [B+1]")

@@ -32,7 +32,7 @@ class ForwardBatch:
 
     def draw_key(self, segment: Segment, seed: int, *site: object) -> tuple[object, ...]:
         """The key of a random draw: nothing outside the adapter and its own progress enters it."""
-        return (seed, segment.task, segment.step, segment.micro_batch, *site)
+        return (int(seed), segment.task, int(segment.step), int(segment.micro_batch), *site)
 
     def dropout_mask(
         self, segment: Segment, seed: int, p: float, layer_idx: int, input_name: str, x: Tensor

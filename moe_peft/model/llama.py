@@ -303,14 +303,17 @@ class LlamaForCausalLM(nn.Module):
             One output a batch config, in order.
 
         Raises:
-            ValueError: on a batch config that names an adapter or expert which is not attached, or a label outside the
-                vocabulary.
+            ValueError: on a batch config that names an adapter or expert which is not attached, or on a token or label
+                outside the vocabulary.
         """
         segments = segments_of(model_input)
         for segment in segments:
             self._check_attached(segment)
         batch = self._forward_batch(model_input, segments, cache)
-        hidden = self.embed_tokens(model_input.input_ids.to(self.device))  # [T, D]
+        input_ids = model_input.input_ids
+        if input_ids.min() < 0 or input_ids.max() >= self.config_.vocab_size:
+            raise ValueError(f"input_ids must be in 0..vocab_size-1={self.config_.vocab_size - 1}")
+        hidden = self.embed_tokens(input_ids.to(self.device))  # [T, D]
         layers_router_logits = []
         for layer in self.layers:
             hidden, router_logits = layer(hidden, batch)

@@ -76,13 +76,14 @@ class AdapterRun:
         """
         loss = output.loss * (output.num_supervised_tokens / max(micro_batch.step_supervised, 1))
         aux_loss = output.aux_loss * (micro_batch.num_tokens / micro_batch.step_tokens)
-        if not math.isfinite(loss.item() + aux_loss.item()):
-            self._fail(f"loss={loss.item()} and aux_loss={aux_loss.item()} must be finite")
+        values = torch.stack([loss.detach(), aux_loss.detach()]).tolist()  # one transfer from a GPU
+        if not all(map(math.isfinite, values)):
+            self._fail(f"loss={values[0]} and aux_loss={values[1]} must be finite")
             return None
         if micro_batch.index == 0:
             self._sums = _StepSums()
-        self._sums.loss += loss.item()
-        self._sums.aux_loss += aux_loss.item()
+        self._sums.loss += values[0]
+        self._sums.aux_loss += values[1]
         self._count_experts(output)
         return loss + aux_loss
 

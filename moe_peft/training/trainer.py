@@ -143,11 +143,11 @@ class Trainer:
                 is_complete = guard.signal is None
             finally:
                 # Whatever ended the loop, a second Ctrl-C or an error included, what was learnt is kept.
-                for run in self.runs.values():
-                    if run.job.name not in folder.saved:
-                        folder.save(self.model, run)
+                unsaved = self._save_rest(folder)
                 if not is_complete:
                     self._tell_where(folder)
+                if unsaved:
+                    raise TrainingError("; ".join(unsaved))
                 folder.draw(list(self.runs.values()))
             guard.raise_if_asked()
         try:
@@ -155,6 +155,21 @@ class Trainer:
         except KeyboardInterrupt:
             self._tell_where(folder)
             raise
+
+    def _save_rest(self, folder: RunFolder) -> list[str]:
+        """Save every adapter that has not finished.
+
+        Returns:
+            What could not be saved, and why: after a failure (a full disk, say) a smaller adapter may still fit.
+        """
+        unsaved = []
+        for run in self.runs.values():
+            if run.job.name not in folder.saved:
+                try:
+                    folder.save(self.model, run)
+                except OSError as error:
+                    unsaved.append(f"adapter {run.job.name!r} could not be saved: {error}")
+        return unsaved
 
     def _say(self, text: str) -> None:
         # As it is: a path may hold what rich would read as markup.

@@ -128,3 +128,33 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
     result = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert result.returncode == -signal.SIGKILL
     assert path.read_bytes() == before
+
+
+KILLED_AT_A_RENAME = """
+import os, pathlib, sys
+from moe_peft.io import atomic
+count = 0
+def killer(act):
+    def acting(*arguments):
+        global count
+        count += 1
+        if count == int(sys.argv[2]):
+            os._exit(9)
+        return act(*arguments)
+    return acting
+atomic._exchange = killer(atomic._exchange)
+pathlib.Path.rename = killer(pathlib.Path.rename)
+atomic.shutil.rmtree = killer(atomic.shutil.rmtree)
+with atomic.atomic_folder(sys.argv[1], replace=True) as partial:
+    (partial / "file").write_text("new")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps two folders in one step")
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_kill_while_folders_change_places_leaves_one_of_them(tmp_path, step):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "file").write_text("old")
+    subprocess.run([sys.executable, "-c", KILLED_AT_A_RENAME, str(target), str(step)], check=False)
+    assert (target / "file").read_text() == ("old" if step == 1 else "new")
