@@ -55,7 +55,8 @@ class LoraConfig:
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in INITS:
-            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be true, false or {INITS[0]!r}")
+            close = strict.did_you_mean(self.init_lora_weights, INITS)
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be true, false or {INITS[0]!r}{close}")
         _check_targets(self.target_modules)
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_peft import ops
+from moe_peft import ops, strict
 from moe_peft.adapters.lora import (
     ATTENTION_PROJECTIONS,
     FFN_PROJECTIONS,
@@ -60,6 +60,7 @@ class MixLoraConfig(LoraConfig):
         if self.router_aux_loss_type not in AUX_LOSS_TYPES:
             raise ValueError(
                 f"router_aux_loss_type={self.router_aux_loss_type!r} must be one of {', '.join(AUX_LOSS_TYPES)}"
+                f"{strict.did_you_mean(self.router_aux_loss_type, AUX_LOSS_TYPES)}"
             )
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_init_range"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -92,7 +93,7 @@ class MixLoraConfig(LoraConfig):
             for projection in self.expert_targets:
                 loras = getattr(layer.mlp, projection).loras_
                 for expert in range(self.num_experts):
-                    loras[expert_name(name, expert)] = ExpertLora(mixture.experts_(projection), expert)
+                    loras[expert_name(name, expert)] = ExpertLora(mixture.stack_of(projection), expert)
 
     def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[tuple[str, nn.Parameter, int | None]]:
         """Checkpoint names with the parameter that holds each weight, and the expert's place in a stack."""
@@ -104,7 +105,7 @@ class MixLoraConfig(LoraConfig):
             mixture = layer.mlp.moes_[name]
             yield f"{prefix}.mlp.moe_gate.weight", mixture.gate_.weight, None
             for projection in self.expert_targets:
-                stack = mixture.experts_(projection)
+                stack = mixture.stack_of(projection)
                 for expert in range(self.num_experts):
                     for factor in ("lora_A", "lora_B"):
                         key = f"{prefix}.mlp.{projection}.experts.{expert}.{factor}.weight"
@@ -185,7 +186,7 @@ class MixLora(nn.Module):
                 *factors, scaling=config.scaling, dropout=config.lora_dropout, seed=seed
             )
 
-    def experts_(self, projection: str) -> LoraStack:
+    def stack_of(self, projection: str) -> LoraStack:
         """The stack of one projection."""
         stack = self.stacks_[projection]
         assert isinstance(stack, LoraStack)

@@ -103,7 +103,7 @@ def _verdict(error: Exception, *, running: bool, debug: bool) -> tuple[str, int]
             reason = f"{error.strerror}: '{error.filename}'"
         return f"error: {reason}", USAGE if isinstance(error, _PATH_MISTAKES) and not running else FAILURE
     if isinstance(error, ValueError):
-        return f"error: {error}", USAGE
+        return f"error: {error}", FAILURE if running else USAGE
     if isinstance(error, TrainingError):
         return f"error: {error}", FAILURE
     # An error of torch can go on for pages; the traceback of --debug has them all.

@@ -26,6 +26,7 @@ class MicroBatch:
         samples: what it holds.
         step_supervised: supervised tokens of the whole optimizer step.
         step_tokens: all tokens of the whole optimizer step.
+        part: 0 for a whole micro-batch, another number for each part of one that was split.
     """
 
     adapter: str
@@ -35,6 +36,12 @@ class MicroBatch:
     samples: tuple[Sample, ...]
     step_supervised: int
     step_tokens: int
+    part: int = 0
+
+    @property
+    def draw_index(self) -> int:
+        """What selects its random draws within the step: the micro-batch, and the part if it was split."""
+        return self.index + (self.part << 32)
 
     @property
     def num_tokens(self) -> int:

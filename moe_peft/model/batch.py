@@ -75,7 +75,11 @@ class ModelInput:
                 f"input_ids has shape {tuple(self.input_ids.shape)} but must be [T]; from_padded takes [B, L]"
             )
         for name, tensor in (("input_ids", self.input_ids), ("cu_seqlens", self.cu_seqlens), ("labels", self.labels)):
-            if tensor is not None and tensor.dtype not in _INTEGERS:
+            if tensor is None and name == "labels":
+                continue
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} is a {type(tensor).__name__} but must be a Tensor")
+            if tensor.dtype not in _INTEGERS:
                 raise ValueError(f"{name} has dtype {tensor.dtype} but must hold int32 or int64")
         num_tokens = self.input_ids.shape[0]
         if self.cu_seqlens.dim() != 1:

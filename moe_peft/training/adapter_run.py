@@ -10,8 +10,8 @@ from torch import Tensor
 from moe_peft.config import AdapterJob
 from moe_peft.data.dispatcher import MicroBatch, StepPlan
 from moe_peft.data.samples import SampleSet
-from moe_peft.model.batch import ModelOutput
 from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.training.fused_step import Outcome
 from moe_peft.training.metrics import EvalMetrics, StepMetrics
 from moe_peft.training.optimizer import build_optimizer, learning_rate
 
@@ -67,25 +67,21 @@ class AdapterRun:
             return f"failed: {self.failure}"
         return "done" if self.steps_taken == self.plan.num_steps else "interrupted"
 
-    def take_in(self, micro_batch: MicroBatch, output: ModelOutput) -> Tensor | None:
-        """The micro-batch's part of the step's loss, ready for backward; None when it is not finite.
-
-        The token losses count by the supervised tokens of the whole step, the router losses by this micro-batch's share
-        of its tokens, so that cutting a step into micro-batches does not change its gradient (but for what router
-        losses see of a batch at once).
-        """
-        loss = output.loss * (output.num_supervised_tokens / max(micro_batch.step_supervised, 1))
-        aux_loss = output.aux_loss * (micro_batch.num_tokens / micro_batch.step_tokens)
-        values = torch.stack([loss.detach(), aux_loss.detach()]).tolist()  # one transfer from a GPU
-        if not all(map(math.isfinite, values)):
-            self._fail(f"loss={values[0]} and aux_loss={values[1]} must be finite")
-            return None
-        if micro_batch.index == 0:
-            self._sums = _StepSums()
-        self._sums.loss += values[0]
-        self._sums.aux_loss += values[1]
-        self._count_experts(output)
-        return loss + aux_loss
+    def take_in(self, outcome: Outcome) -> bool:
+        """Add a micro-batch's gradients to the step's; False when it failed, and the adapter with it."""
+        if outcome.failure is not None:
+            self._fail(outcome.failure)
+            return False
+        self._sums.loss += outcome.loss
+        self._sums.aux_loss += outcome.aux_loss
+        for weight, gradient in zip(self.parameters, outcome.gradients, strict=True):
+            if gradient is not None:
+                # Contiguous as the weights are: fused optimizers read both in the order of memory.
+                weight.grad = gradient.contiguous() if weight.grad is None else weight.grad.add_(gradient)
+        if outcome.router_logits is not None:
+            counts = self.job.adapter.expert_counts(outcome.router_logits)
+            self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
+        return True
 
     def step(self, micro_batch: MicroBatch) -> StepMetrics | None:
         """Clip, step and clear after the last micro-batch of a step; None when the gradient is not finite."""
@@ -108,13 +104,14 @@ class AdapterRun:
         seconds = now - self._step_start
         self._step_start = now
         self.seconds += seconds
+        sums, self._sums = self._sums, _StepSums()
         return StepMetrics(
             adapter=self.job.name,
             step=self.steps_taken,
             num_steps=self.plan.num_steps,
             epoch=self.steps_taken / self.plan.steps_per_epoch,
-            loss=self._sums.loss,
-            aux_loss=self._sums.aux_loss,
+            loss=sums.loss,
+            aux_loss=sums.aux_loss,
             lr=rate,
             grad_norm=grad_norm,
             num_supervised_tokens=micro_batch.step_supervised,
@@ -148,13 +145,5 @@ class AdapterRun:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _fail(self, what: str) -> None:
-        # The weights stay until `settle`: the backward of the neighbours in the same forward passes through them.
         kept = max(self.steps_taken - 1, 0)
         self.failure = f"{what} (after optimizer step {self.steps_taken}; the weights of step {kept} are kept)"
-
-    def _count_experts(self, output: ModelOutput) -> None:
-        if output.router_logits is None:
-            return
-        with torch.no_grad():
-            counts = self.job.adapter.expert_counts(output.router_logits)
-        self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts

@@ -13,6 +13,7 @@ from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.summary import AnswerExample
 
 MAX_NEW_TOKENS = 48
+BATCH_SIZE = 16
 
 
 def answer_held_out_prompts(
@@ -42,7 +43,7 @@ def answer_held_out_prompts(
             asked.append((run.job.name, record))
             for adapter_name in ("", run.job.name):
                 requests.append(Request(prompt_ids=prompt_ids, adapter_name=adapter_name, max_new_tokens=room))
-    answers = [completion.text for completion in generate_tokens(model, tokenizer, requests)]
+    answers = [completion.text for completion in generate_tokens(model, tokenizer, requests, batch_size=BATCH_SIZE)]
     examples: dict[str, tuple[AnswerExample, ...]] = {run.job.name: () for run in runs}
     for i, (name, record) in enumerate(asked):
         prompt, expected = _question(record)

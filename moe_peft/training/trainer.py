@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_peft.config import AdapterJob, TrainConfig
-from moe_peft.data.dispatcher import Dispatcher, MicroBatch, StepPlan, fuse
+from moe_peft.data.dispatcher import Dispatcher, MicroBatch, StepPlan
 from moe_peft.data.samples import SampleSet, load_samples
 from moe_peft.data.tokenizer import load_tokenizer
 from moe_peft.io.base_model import load_base_model
-from moe_peft.model.batch import BatchConfig
 from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.answers import answer_held_out_prompts
 from moe_peft.training.errors import TrainingError
 from moe_peft.training.evaluation import evaluate
+from moe_peft.training.fused_step import run_fused
 from moe_peft.training.interrupt import InterruptGuard
 from moe_peft.training.metrics import EvalMetrics, MetricsWriter
 from moe_peft.training.progress import Progress
@@ -24,6 +24,7 @@ from moe_peft.training.run_folder import RunFolder, check_output_dir
 from moe_peft.training.summary import (
     AdapterResult,
     AdapterSummary,
+    AnswerExample,
     closing_report,
     parameters_table,
     print_report,
@@ -136,25 +137,44 @@ class Trainer:
         self._announce(folder)
         num_steps = {name: run.plan.num_steps for name, run in self.runs.items()}
         with InterruptGuard() as guard, MetricsWriter(folder.metrics) as metrics:
-            is_complete = False
             try:
                 with Progress(num_steps, self.console) as progress:
                     self._loop(folder, guard, metrics, progress)
-                is_complete = guard.signal is None
-            finally:
-                # Whatever ended the loop, a second Ctrl-C or an error included, what was learnt is kept.
-                unsaved = self._save_rest(folder)
-                if not is_complete:
-                    self._tell_where(folder)
-                if unsaved:
-                    raise TrainingError("; ".join(unsaved))
-                folder.draw(list(self.runs.values()))
-            guard.raise_if_asked()
+            except BaseException:
+                # A second Ctrl-C or an error of ours: what was learnt is kept, and that error stays the news.
+                self._keep_and_tell(folder)
+                raise
+            if guard.signal is not None:
+                unsaved = self._keep_and_tell(folder)
+                if not unsaved:
+                    guard.raise_if_asked()
+                raise TrainingError("; ".join(unsaved))
         try:
             return self._close(folder)
         except KeyboardInterrupt:
-            self._tell_where(folder)
+            self._keep_and_tell(folder)
             raise
+
+    def _keep_and_tell(self, folder: RunFolder) -> list[str]:
+        """Save and draw what there is at an early end, and say where.
+
+        Returns:
+            What could not be saved, and why.
+        """
+        unsaved = self._save_rest(folder)
+        self._say("Stopped early; every adapter is saved as it stands:")
+        for path in folder.saved.values():
+            self._say(f"  {path}")
+        for reason in unsaved:
+            self._say(reason)
+        self._draw(folder)
+        return unsaved
+
+    def _draw(self, folder: RunFolder) -> None:
+        try:
+            folder.draw(list(self.runs.values()))
+        except Exception as error:  # pictures are worth no run
+            self._say(f"the pictures could not be drawn: {error}")
 
     def _save_rest(self, folder: RunFolder) -> list[str]:
         """Save every adapter that has not finished.
@@ -167,18 +187,13 @@ class Trainer:
             if run.job.name not in folder.saved:
                 try:
                     folder.save(self.model, run)
-                except OSError as error:
+                except Exception as error:
                     unsaved.append(f"adapter {run.job.name!r} could not be saved: {error}")
         return unsaved
 
     def _say(self, text: str) -> None:
         # As it is: a path may hold what rich would read as markup.
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _tell_where(self, folder: RunFolder) -> None:
-        self._say("Stopped early; every adapter is saved as it stands:")
-        for path in folder.saved.values():
-            self._say(f"  {path}")
 
     def _announce(self, folder: RunFolder) -> None:
         num_base = sum(weight.numel() for weight in self.model.parameters() if not weight.requires_grad)
@@ -228,26 +243,17 @@ class Trainer:
         Returns:
             The adapters that took an optimizer step.
         """
-        parts = []
-        for micro_batch in micro_batches:
-            self.runs[micro_batch.adapter].start_clock()
-            config = BatchConfig(micro_batch.adapter, 0, 0, micro_batch.step, micro_batch.index)
-            parts.append((config, micro_batch.samples))
-        outputs = self.model(fuse(parts, self.model.device))
-        healthy: list[MicroBatch] = []
-        losses: list[torch.Tensor] = []
-        for micro_batch, output in zip(micro_batches, outputs, strict=True):
-            loss = self.runs[micro_batch.adapter].take_in(micro_batch, output)
-            if loss is not None:
-                healthy.append(micro_batch)
-                losses.append(loss)
-        if losses:
-            # A loss that is not finite takes no part: zero times NaN would be NaN.
-            torch.stack(losses).sum().backward()
+        runs = [self.runs[micro_batch.adapter] for micro_batch in micro_batches]
+        for run in runs:
+            run.start_clock()
+        parameters = {run.job.name: run.parameters for run in runs}
         stepped = []
-        for micro_batch in healthy:
-            run = self.runs[micro_batch.adapter]
-            if micro_batch.is_last and (row := run.step(micro_batch)) is not None:
+        for outcome in run_fused(self.model, micro_batches, parameters, progress.message):
+            run = self.runs[outcome.micro_batch.adapter]
+            if run.failure is not None or not run.take_in(outcome) or not outcome.micro_batch.is_last:
+                continue
+            row = run.step(outcome.micro_batch)
+            if row is not None:
                 metrics.write(row)
                 progress.step(row)
                 stepped.append(run)
@@ -273,10 +279,13 @@ class Trainer:
             progress.eval(row)
 
     def _close(self, folder: RunFolder) -> TrainResult:
-        self.model.eval()
-        answers = answer_held_out_prompts(
-            self.model, self.tokenizer, list(self.runs.values()), self.config.answer_examples
-        )
+        self._draw(folder)
+        runs = list(self.runs.values())
+        answers: dict[str, tuple[AnswerExample, ...]] = {}
+        try:
+            answers = answer_held_out_prompts(self.model, self.tokenizer, runs, self.config.answer_examples)
+        except (ValueError, RuntimeError) as error:  # out of memory, say: the report below is worth more
+            self._say(f"no prompts were answered: {error}")
         results = tuple(
             AdapterResult(
                 name=name,
@@ -287,12 +296,12 @@ class Trainer:
                 # A failed adapter has gone back to weights that no evaluation has seen.
                 eval_loss_after=run.evals[-1].eval_loss if len(run.evals) > 1 and run.failure is None else None,
                 saved_to=folder.saved[name],
-                examples=answers[name],
+                examples=answers.get(name, ()),
             )
             for name, run in self.runs.items()
         )
         print_report(self.console, closing_report(results))
-        failed = [run for run in self.runs.values() if run.failure is not None]
+        failed = [run for run in runs if run.failure is not None]
         if failed:
             reasons = "; ".join(f"adapter {run.job.name!r}: {run.failure}" for run in failed)
             raise TrainingError(reasons)

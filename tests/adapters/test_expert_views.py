@@ -31,7 +31,7 @@ def logits(model, name):
 @pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
 def test_experts_are_views_of_the_stack(model, projection):
     mlp = model.layers[1].mlp
-    stack = mlp.moes_["qa"].experts_(projection)
+    stack = mlp.moes_["qa"].stack_of(projection)
     for expert in range(3):
         lora = getattr(mlp, projection).loras_[f"moe.qa.experts.{expert}"]
         for factor in ("lora_A", "lora_B"):
@@ -115,7 +115,7 @@ def test_conversions_keep_the_views(model):
         with torch.no_grad():
             twin.layers[0].mlp.up_proj.loras_["moe.qa.experts.0"].lora_A.fill_(9.0)
         assert (twin.adapter_state("qa")["mixlora.layers.0.mlp.up_proj.experts.0.lora_A.weight"] == 9.0).all()
-        assert (twin.layers[0].mlp.moes_["qa"].experts_("up_proj").lora_A[0] == 9.0).all()
+        assert (twin.layers[0].mlp.moes_["qa"].stack_of("up_proj").lora_A[0] == 9.0).all()
     assert (model.layers[0].mlp.up_proj.loras_["moe.qa.experts.0"].lora_A != 9.0).any()
 
 

@@ -84,7 +84,7 @@ NO_FILE = FileNotFoundError(errno.ENOENT, "No such file or directory", "x.jsonl"
     ("stage", "error", "code", "message"),
     [
         ("preparing", ValueError("lr=0 must be above 0"), 2, "error: lr=0 must be above 0"),
-        ("running", ValueError("lr=0 must be above 0"), 2, "error: lr=0 must be above 0"),
+        ("running", ValueError("lr=0 must be above 0"), 1, "error: lr=0 must be above 0"),
         ("preparing", FileNotFoundError("config file 'x' does not exist"), 2, "error: config file 'x' does not exist"),
         ("preparing", NO_FILE, 2, "error: No such file or directory: 'x.jsonl'"),
         ("preparing", PermissionError(errno.EACCES, "Permission denied", "y"), 2, "error: Permission denied: 'y'"),
