@@ -117,6 +117,13 @@ def test_imports_go_downward(name):
         assert other != "kernels" or room in ("ops", "kernels"), f"{name} imports {found.module}; only ops may"
 
 
+def test_every_package_is_installed():
+    tomllib = pytest.importorskip("tomllib", reason="in Python from 3.11 on")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name.rpartition(".")[0] if path.name != "__init__.py" else name for name, path in modules().items()}
+    assert set(settings["packages"]) == folders
+
+
 def test_rules_of_single_modules():
     assert not own_imports("moe_peft.model.batch"), "model/batch.py is a leaf"
     assert not own_imports("moe_peft.strict")

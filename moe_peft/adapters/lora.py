@@ -45,6 +45,7 @@ class LoraConfig:
     )
 
     peft_type: ClassVar[str] = "LORA"
+    has_router: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         strict.check_fields(self)

@@ -50,6 +50,7 @@ class MixLoraConfig(LoraConfig):
     )
 
     peft_type: ClassVar[str] = "MIXLORA"
+    has_router: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from moe_peft.command.model import LoadedModel
 from moe_peft.command.prompts import PromptForm, Question
 from moe_peft.generation import generate_tokens, not_finite_message
-from moe_peft.generation.request import Message, Request, context_limit
+from moe_peft.generation.request import Message, Request
 from moe_peft.strict import nearest
 
 BASE = "base"  # what the bare model is called at the terminal
@@ -124,7 +124,7 @@ class Chat:
 
     def _request(self, text: str) -> Request:
         """The next turn behind as much of the conversation as the model has room for."""
-        form, limit = self._form_of(self._adapter_name), context_limit(self._loaded.model.config_)
+        form, limit = self._form_of(self._adapter_name), self._loaded.model.config_.context_limit
         for forgotten in range(len(self._turns) + 1):
             messages = tuple(message for turn in self._turns[forgotten:] for message in turn) if form.is_chat else ()
             ids = form.prompt_ids(Question(instruction=text, messages=messages), self._loaded.tokenizer)

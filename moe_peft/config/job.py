@@ -150,6 +150,8 @@ class AdapterJob:
             value, default = getattr(self, key), type(self).__dataclass_fields__[key].default
             if self.optimizer != optimizer and value != default:
                 raise ValueError(f"{key}={value!r} is a key of optimizer={optimizer!r}, not of {self.optimizer!r}")
+        if self.decay_router and not METHODS[self.method].has_router:
+            raise ValueError(f"decay_router=true is for methods with a router, which method={self.method!r} has not")
         require(self, "warmup_steps", self.warmup_steps >= 0, "be at least 0")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "be in 0..1, 1 excluded")
         if self.warmup_steps and self.warmup_ratio:

@@ -58,7 +58,7 @@ def generate(
 
     Raises:
         ValueError: on a setting outside its rule, an unknown adapter, a prompt without tokens or longer than the model
-            allows (``request.context_limit``), or when an adapter's logits are not finite.
+            allows (``LlamaConfig.context_limit``), or when an adapter's logits are not finite.
     """
     if isinstance(prompts, (str, Mapping)):
         raise ValueError(f"prompts={strict.show(prompts)} must be a list of prompts: put it in brackets")
@@ -161,6 +161,11 @@ class _Row:
         self._stop_ids = {tokenizer.special_ids[text] for text in request.stop if text in tokenizer.special_ids}
 
     @property
+    def draw_key(self) -> tuple[object, ...]:
+        """What sets its next draw apart from every other request's of the same seed."""
+        return self.request.adapter_name, self.request.prompt_ids, self.num_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of prompt and answer so far."""
         return len(self.request.prompt_ids) + len(self.token_ids)
@@ -206,7 +211,7 @@ def _answer_batch(model: LlamaForCausalLM, rows: Sequence[_Row]) -> None:
     while True:
         logits = _next_logits(model, rows, new_tokens, cache)  # [N, V]
         finite = logits.isfinite().all(dim=1).tolist()
-        tokens = pick_tokens(logits, [row.request.sampling for row in rows], [row.num_tokens for row in rows])
+        tokens = pick_tokens(logits, [row.request.sampling for row in rows], [row.draw_key for row in rows])
         for row, token_id, is_finite in zip(rows, tokens, finite, strict=True):
             row.take(token_id, is_finite=is_finite)
         going = [i for i, row in enumerate(rows) if row.finish_reason is None]

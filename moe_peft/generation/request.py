@@ -9,7 +9,6 @@ from moe_peft import strict
 from moe_peft.data.tokenizer import Tokenizer
 from moe_peft.generation.sampling import Sampling
 from moe_peft.model.batch import parse_expert_name
-from moe_peft.model.config import LlamaConfig
 from moe_peft.model.llama import LlamaForCausalLM
 
 Message = Mapping[str, Any]
@@ -88,21 +87,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return ids
 
 
-def context_limit(config: LlamaConfig) -> int | None:
-    """The most tokens that prompt and answer may reach together; None: no limit.
-
-    It is ``max_position_embeddings``, which for linear and yarn scaling may still be the length before stretching, so
-    that the factor comes on top. Dynamic scaling stretches to any length.
-    """
-    scaling, trained = config.rope_scaling, config.max_position_embeddings
-    if scaling is None or scaling.rope_type == "llama3":
-        return trained
-    if scaling.rope_type == "dynamic":
-        return None
-    original = trained if scaling.rope_type == "linear" else scaling.original_max_position_embeddings or trained
-    return max(trained, int(scaling.factor * original))
-
-
 def check_request(model: LlamaForCausalLM, request: Request) -> None:
     """Refuses what this model cannot answer.
 
@@ -114,7 +98,7 @@ def check_request(model: LlamaForCausalLM, request: Request) -> None:
     for token_id in request.prompt_ids:
         if not 0 <= token_id < config.vocab_size:
             raise ValueError(f"token id {token_id} of the prompt must be in 0..vocab_size-1={config.vocab_size - 1}")
-    limit, prompt_length = context_limit(config), len(request.prompt_ids)
+    limit, prompt_length = config.context_limit, len(request.prompt_ids)
     if limit is not None and prompt_length + request.max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens={request.max_new_tokens} and a prompt of {prompt_length} must come to at most {limit} "

@@ -49,16 +49,16 @@ class Sampling:
         return self.temperature == 0
 
 
-def pick_tokens(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+def pick_tokens(logits: Tensor, samplings: Sequence[Sampling], draw_keys: Sequence[object]) -> list[int]:
     """The next token of every row.
 
     Args:
         logits: ``[N, V]``.
         samplings: one a row.
-        positions: how many tokens stand before the new one, one a row.
+        draw_keys: what sets a row's draw apart from every other of the same seed: its request, and the position in it.
 
     Returns:
-        N token ids. A row's depends on its own logits, sampling and position alone.
+        N token ids. A row's depends on its own logits, sampling and draw key alone.
     """
     picked = logits.argmax(dim=-1)  # [N]
     drawn = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
@@ -66,7 +66,7 @@ def pick_tokens(logits: Tensor, samplings: Sequence[Sampling], positions: Sequen
         probabilities, ids = filtered_probabilities(logits[drawn], [samplings[row] for row in drawn])
         cumulated = probabilities.cumsum(dim=-1)
         draws = [
-            torch.rand((), dtype=torch.float64, generator=generator_for(samplings[row].seed, "sample", positions[row]))
+            torch.rand((), dtype=torch.float64, generator=generator_for(samplings[row].seed, "sample", draw_keys[row]))
             for row in drawn
         ]
         target = torch.stack(draws)[:, None].to(cumulated) * cumulated[:, -1:]

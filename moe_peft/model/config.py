@@ -122,6 +122,21 @@ class LlamaConfig:
             raise ValueError(f"sliding_window={self.sliding_window} must be at least 1, or null")
 
     @property
+    def context_limit(self) -> int | None:
+        """The most tokens a sample may have; None: no limit.
+
+        It is ``max_position_embeddings``, which for linear and yarn scaling may still be the length before stretching,
+        so that the factor comes on top. Dynamic scaling stretches to any length.
+        """
+        scaling, trained = self.rope_scaling, self.max_position_embeddings
+        if scaling is None or scaling.rope_type == "llama3":
+            return trained
+        if scaling.rope_type == "dynamic":
+            return None
+        original = trained if scaling.rope_type == "linear" else scaling.original_max_position_embeddings or trained
+        return max(trained, int(scaling.factor * original))
+
+    @property
     def num_kv_heads(self) -> int:
         """Heads of keys and values, resolved."""
         assert self.num_key_value_heads is not None

@@ -4,10 +4,7 @@ Letters: T tokens, D model, F ffn, H query heads, G key-value heads, d features 
 N rows with a label.
 """
 
-import difflib
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +12,16 @@ from torch import Tensor, nn
 from moe_peft import ops
 from moe_peft.model.attention import cached_attention, varlen_attention
 from moe_peft.model.batch import (
-    ADAPTER_NAME,
     IGNORE_INDEX,
     ModelInput,
     ModelOutput,
     Segment,
-    parse_expert_name,
     segments_of,
 )
 from moe_peft.model.cache import KVCache
 from moe_peft.model.config import LlamaConfig
 from moe_peft.model.forward import ForwardBatch
+from moe_peft.model.host import AdapterHost
 from moe_peft.model.linear import AdapterDict, Linear, frozen_linear, wide_dtype
 from moe_peft.model.rope import apply_rotary, rotary_table
 
@@ -169,7 +165,7 @@ class LlamaDecoderLayer(nn.Module):
         return x + mixed, router_logits
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(AdapterHost):
     """A frozen LLaMA-family model that carries many adapters.
 
     Args:
@@ -180,7 +176,6 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config_ = config
         self.source_ = ""  # where a loader took the weights from
-        self.adapters_: dict[str, Any] = {}  # name -> the adapter's config object
         self.embed_tokens = LlamaEmbedding(config)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -202,86 +197,6 @@ class LlamaForCausalLM(nn.Module):
     def decoder_layers(self) -> list[LlamaDecoderLayer]:
         """The layers, bottom first."""
         return [layer for layer in self.layers if isinstance(layer, LlamaDecoderLayer)]
-
-    @property
-    def adapter_names(self) -> list[str]:
-        """The attached adapters, in the order of their coming."""
-        return list(self.adapters_)
-
-    def add_adapter(self, name: str, config: Any, *, seed: int = 0) -> None:
-        """Attach a new adapter.
-
-        Args:
-            name: letters, digits, ``_`` and ``-``; not yet taken.
-            config: a method's config, e.g. ``LoraConfig``; it attaches itself.
-            seed: of the adapter's initial weights and of its dropout.
-
-        Raises:
-            ValueError: on a bad or taken name, or a config that does not fit this model. Nothing is attached then.
-        """
-        if not ADAPTER_NAME.fullmatch(name):
-            raise ValueError(f"adapter name {name!r} must consist of letters, digits, '_' and '-'")
-        if name in self.adapters_:
-            raise ValueError(f"adapter name {name!r} is taken already; remove_adapter frees it")
-        try:
-            config.attach(self, name, seed)
-        except BaseException:
-            self._detach(name)
-            raise
-        self.adapters_[name] = config
-
-    def remove_adapter(self, name: str) -> None:
-        """Detach an adapter and free its weights.
-
-        Raises:
-            ValueError: when there is none of that name.
-        """
-        self.adapter_config(name)
-        self._detach(name)
-        del self.adapters_[name]
-
-    def _detach(self, name: str) -> None:
-        for module in self.modules():
-            if isinstance(module, AdapterDict):
-                for key in list(module.keys()):
-                    expert = parse_expert_name(key)
-                    if key == name or (expert and expert[0] == name):
-                        del module[key]
-
-    def adapter_config(self, name: str) -> Any:
-        """The config an adapter was attached with.
-
-        Raises:
-            ValueError: when there is none of that name; the message names the nearest.
-        """
-        if name not in self.adapters_:
-            near = difflib.get_close_matches(name, self.adapters_, n=1, cutoff=0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else "; none is attached"
-            raise ValueError(f"adapter {name!r} is not attached to this model{hint}")
-        return self.adapters_[name]
-
-    def named_adapter_weights(self, name: str) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-        """Checkpoint name, the parameter that holds the weight, and its place there when the parameter is a stack."""
-        found: Iterator[tuple[str, nn.Parameter, int | None]] = self.adapter_config(name).named_weights(self, name)
-        return found
-
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        """The adapter's trainable parameters, stacks of experts as one each: what its optimizer takes."""
-        return list({id(weight): weight for _, weight, _ in self.named_adapter_weights(name)}.values())
-
-    def adapter_state(self, name: str) -> dict[str, Tensor]:
-        """Checkpoint names to tensors that view the live weights: editing one in place edits the adapter."""
-        return {
-            key: weight.detach() if index is None else weight.detach()[index]
-            for key, weight, index in self.named_adapter_weights(name)
-        }
-
-    def adapter_gradients(self, name: str) -> dict[str, Tensor | None]:
-        """The names of ``adapter_state`` to views of the gradients; None before a backward."""
-        return {
-            key: weight.grad if weight.grad is None or index is None else weight.grad[index]
-            for key, weight, index in self.named_adapter_weights(name)
-        }
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from moe_peft.data.samples import render_prompt
 from moe_peft.data.templates import load_template
 from moe_peft.data.tokenizer import Tokenizer
 from moe_peft.generation import generate_tokens
-from moe_peft.generation.request import Request, context_limit
+from moe_peft.generation.request import Request
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.summary import AnswerExample
@@ -36,7 +36,7 @@ def answer_held_out_prompts(
         template = load_template(run.job.template)
         for record in _with_prompt(run)[:count]:
             prompt_ids = tuple(render_prompt(record, tokenizer, template))
-            limit = context_limit(model.config_)
+            limit = model.config_.context_limit
             room = MAX_NEW_TOKENS if limit is None else min(MAX_NEW_TOKENS, limit - len(prompt_ids))
             if room < 1:
                 continue

@@ -90,13 +90,16 @@ class Trainer:
 
     def _check_fit(self, sets: dict[str, tuple[SampleSet, SampleSet | None]]) -> None:
         shape = self.model.config_
+        if self.model.dtype == torch.float16:
+            raise ValueError("dtype='float16' must be bfloat16 or float32 for training: gradients would underflow")
         for name, pair in sets.items():
             for sample_set in filter(None, pair):
                 longest = max(len(sample.input_ids) for sample in sample_set.samples)
-                if longest > shape.max_position_embeddings:
+                if shape.context_limit is not None and longest > shape.context_limit:
                     raise ValueError(
-                        f"adapter {name!r}: a sample of {longest} tokens is longer than the base model's "
-                        f"max_position_embeddings={shape.max_position_embeddings}; lower cutoff_len"
+                        f"adapter {name!r}: a sample of {longest} tokens is longer than the {shape.context_limit} for "
+                        f"which the base model is made (max_position_embeddings={shape.max_position_embeddings}); "
+                        "lower cutoff_len"
                     )
                 largest = max(max(sample.input_ids) for sample in sample_set.samples)
                 if largest >= shape.vocab_size:
@@ -120,6 +123,10 @@ class Trainer:
             max_steps=job.max_steps,
             seed=seed,
         )
+        if job.warmup_steps >= plan.num_steps:
+            raise ValueError(
+                f"adapter {job.name!r}: warmup_steps={job.warmup_steps} must be below its {plan.num_steps} steps"
+            )
         return AdapterRun(job, self.model, plan, train_set, eval_set)
 
     def train(self) -> TrainResult:
@@ -133,7 +140,8 @@ class Trainer:
                 saved; so is the failed one, with its last good weights.
             KeyboardInterrupt: on Ctrl-C, after the step in hand has been finished and every adapter saved.
         """
-        folder = RunFolder(self.config)
+        chosen = {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
+        folder = RunFolder(TrainConfig.from_dict({**self.config.to_dict(), **chosen}))
         self._announce(folder)
         num_steps = {name: run.plan.num_steps for name, run in self.runs.items()}
         with InterruptGuard() as guard, MetricsWriter(folder.metrics) as metrics:
@@ -210,8 +218,7 @@ class Trainer:
             )
             for name, run in self.runs.items()
         ]
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        where = f"{dtype} on {self.model.device}"
+        where = f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}"
         if self.model.device.type == "cpu":
             where += f" ({torch.get_num_threads()} threads)"
         self._say(f"{num_base:,} frozen parameters, {where}; run folder {folder.path}")

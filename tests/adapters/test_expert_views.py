@@ -200,7 +200,7 @@ def test_taken_and_unknown_names(model):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("qb", "'qb' is not attached to this model; did you mean 'qa'"),
+        ("qb", "'qb' is not attached to this model; valid here: plain, qa"),
         ("moe.qa.experts.3", "'qa' has no expert 'moe.qa.experts.3'"),
         ("moe.qa.experts.00", "moe.qa.experts.00"),
         ("moe.plain.experts.0", "'plain' has no expert"),

@@ -121,7 +121,7 @@ def test_another_adapter_takes_the_conversation_over(loaded, monkeypatch, capsys
     assert "(base answers)" in out
     assert "(qa answers)" in out
     assert "adapters: base, qa\n" in out
-    assert err == "error: adapter 'qb' is not attached to this model; did you mean 'qa'?\n"
+    assert err == "error: adapter 'qb' is not attached to this model; valid here: qa\n"
 
 
 def test_help_and_what_is_no_command(loaded, monkeypatch, capsys) -> None:

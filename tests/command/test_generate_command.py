@@ -170,7 +170,7 @@ def test_dtype_and_device_are_passed_on(run, monkeypatch: pytest.MonkeyPatch) ->
     assert seen == {"source": "base", "dtype": "bfloat16", "device": "cpu"}
     assert run(*RUN, "--prompt", "x").code == 0
     assert Path(seen["source"]).name == "base"
-    assert (seen["dtype"], seen["device"]) == ("auto", "auto")
+    assert (seen["dtype"], seen["device"]) == ("float32", "auto")
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +202,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (("--prompt", "x", "--stop", ""), "must hold no empty string"),
         (
             ("--prompt", "x", "--use", "qb", "--run", "run"),
-            "adapter 'qb' is not attached to this model; did you mean 'qa'",
+            "adapter 'qb' is not attached to this model; valid here: mix, qa",
         ),
         (("--prompt", "x", "--use", "moe.mix.experts.3", "--run", "run"), "it has num_experts=3"),
         (("--prompt", "x", "--adapter", "nowhere"), "--adapter nowhere: there is no folder nowhere"),

@@ -105,6 +105,7 @@ def test_a_method_and_a_job_share_no_key() -> None:
             {"lr_scheduler": "cosin"},
             "adapters[1].lr_scheduler='cosin' must be one of constant, linear, cosine; did you",
         ),
+        ({"decay_router": True}, "adapters[1].decay_router=true is for methods with a router"),
         ({"warmup_steps": -1}, "adapters[1].warmup_steps=-1 must be at least 0"),
         ({"warmup_ratio": 1.0}, "adapters[1].warmup_ratio=1.0 must be in 0..1, 1 excluded"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "adapters[1].warmup_steps=5 and warmup_ratio=0.1 say one thing"),

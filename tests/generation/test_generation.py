@@ -134,13 +134,18 @@ def test_sampling_is_repeatable_and_each_prompt_has_its_own_seed() -> None:
     assert generate(model, tokenizer, ["B", "A"], seed=2, **settings)[1] == first[1]
 
 
-def test_a_draw_belongs_to_its_place_in_the_sequence() -> None:
-    """An answer taken up again in the middle goes on as it would have."""
+def test_requests_draw_for_themselves() -> None:
+    """The same request draws the same; another prompt of its length, or another adapter, draws anew."""
     model = model_with_adapters()
-    request = Request(prompt_ids=(1, 2, 3), max_new_tokens=10, sampling=Sampling(temperature=2.0, seed=4))
-    whole = generate_tokens(model, Letters(), [request])[0].token_ids
-    rest = dataclasses.replace(request, prompt_ids=(1, 2, 3, *whole[:4]), max_new_tokens=6)
-    assert generate_tokens(model, Letters(), [rest])[0].token_ids == whole[4:]
+    for weight in model.parameters():
+        weight.data.zero_()  # every token equally probable, whatever stands before
+    sampling = Sampling(temperature=1.0, seed=4)
+    prompts = ((1, 2, 3), (1, 2, 3), (3, 2, 1))
+    requests = [Request(prompt_ids=ids, max_new_tokens=8, sampling=sampling) for ids in prompts]
+    requests.append(dataclasses.replace(requests[0], adapter_name=model.adapter_names[0]))
+    same, again, other_prompt, other_adapter = (done.token_ids for done in generate_tokens(model, Letters(), requests))
+    assert same == again
+    assert len({same, other_prompt, other_adapter}) == 3
 
 
 def test_why_an_answer_ends() -> None:

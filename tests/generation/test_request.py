@@ -7,7 +7,7 @@ from tiny_run import make_base_folder
 
 from moe_peft import LoraConfig, MixLoraConfig
 from moe_peft.data.tokenizer import Tokenizer, load_tokenizer
-from moe_peft.generation.request import Request, check_request, context_limit, encode_prompt
+from moe_peft.generation.request import Request, check_request, encode_prompt
 from moe_peft.model.config import RopeScaling
 
 
@@ -71,7 +71,7 @@ def test_a_text_is_not_ended_before_its_answer() -> None:
 )
 def test_the_context_limit_of_every_scaling(scaling: RopeScaling | None, limit: int | None) -> None:
     config = tiny_config(rope_scaling=scaling)
-    assert context_limit(config) == limit
+    assert config.context_limit == limit
     model = tiny_model(config)
     length = 10_000 if limit is None else limit
     check_request(model, Request(prompt_ids=(3,) * (length - 10), max_new_tokens=10))
@@ -90,7 +90,7 @@ def test_requests_that_a_model_cannot_answer() -> None:
         check_request(model, Request(prompt_ids=(1,), adapter_name=name, max_new_tokens=9))
     for name, rule in {
         "stile": "adapter 'stile' is not attached to this model; did you mean 'style'?",
-        "moe.qb.experts.0": "adapter 'qb' is not attached to this model; did you mean 'qa'?",
+        "moe.qb.experts.0": "adapter 'qb' is not attached to this model; valid here: qa, style",
         "moe.qa.experts.3": "adapter 'qa' has no expert 'moe.qa.experts.3': it has num_experts=3",
         "moe.style.experts.0": "adapter 'style' has no expert 'moe.style.experts.0'",
     }.items():

@@ -37,7 +37,8 @@ def test_a_run_leaves_everything_it_promises(base: Path, data: str, held_out: st
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapters", "config.yaml", "expert_load_mix.png", "loss.png", "metrics.jsonl"
     ]  # fmt: skip
-    assert TrainConfig.from_file(folder / "config.yaml") == config
+    resolved = dataclasses.replace(config, dtype="float32", device="cpu")
+    assert TrainConfig.from_file(folder / "config.yaml") == resolved
     for picture in ("loss.png", "expert_load_mix.png"):
         pixels = imread(folder / picture)
         assert pixels.ndim == 3
@@ -144,7 +145,7 @@ def test_records_of_every_kind_train(base: Path, tmp_path: Path) -> None:
     assert decode(learnt, skip_special_tokens=False) == "3</s>3!</s>"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @quiet
 def test_the_base_may_be_of_any_dtype_and_adapters_are_float32_at_least(
     dtype: str, base: Path, data: str, held_out: str, tmp_path: Path
@@ -175,6 +176,16 @@ def test_the_base_may_be_of_any_dtype_and_adapters_are_float32_at_least(
 
 
 @quiet
+def test_a_half_precision_base_is_refused(base: Path, data: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype='float16' must be bfloat16 or float32 for training"):
+        new_trainer(run_config(base, tmp_path / "run", adapter_entry("qa", data), dtype="float16"))
+
+
+def test_a_warmup_longer_than_the_training_is_refused(base: Path, data: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter 'qa': warmup_steps=3 must be below its 3 steps"):
+        new_trainer(run_config(base, tmp_path / "run", adapter_entry("qa", data, warmup_steps=3, max_steps=3)))
+
+
 def test_an_auto_dtype_takes_the_checkpoints(data: str, tmp_path: Path) -> None:
     base = make_base_folder(tmp_path / "base", dtype=torch.float16)
     trainer = new_trainer(run_config(base, tmp_path / "run", adapter_entry("qa", data)))
@@ -204,7 +215,7 @@ def test_overlong_records_and_cut_prompts_are_counted(base: Path, tmp_path: Path
 
 def test_data_that_does_not_fit_the_base_is_refused_before_anything_is_written(data: str, tmp_path: Path) -> None:
     base = make_base_folder(tmp_path / "base", max_position_embeddings=16)
-    with pytest.raises(ValueError, match=r"a sample of \d+ tokens is longer than .* max_position_embeddings=16"):
+    with pytest.raises(ValueError, match=r"a sample of \d+ tokens is longer than the 16 .*max_position_embeddings=16"):
         new_trainer(run_config(base, tmp_path / "run", adapter_entry("qa", data)))
     other = make_base_folder(tmp_path / "other", vocab_size=100)
     with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, but the base model's vocab_size=100"):
