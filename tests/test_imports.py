@@ -269,6 +269,11 @@ print(json.dumps([op.__file__, moe_peft.kernels.__version__]))
 def test_public_names_exist():
     import moe_peft
 
+    promised = {
+        *("load_base_model", "load_tokenizer", "save_adapter", "load_adapter", "generation", "Trainer", "TrainConfig"),
+        *("LoraConfig", "MixLoraConfig", "BatchConfig", "ModelInput", "ModelOutput", "LlamaConfig", "__version__"),
+        *("LlamaEmbedding", "LlamaAttention", "LlamaMLP", "LlamaDecoderLayer", "LlamaForCausalLM"),
+    }
+    assert promised <= set(moe_peft.__all__)
     assert all(hasattr(moe_peft, name) for name in moe_peft.__all__)
     assert len(set(moe_peft.__all__)) == len(moe_peft.__all__)
-    assert moe_peft.__version__
