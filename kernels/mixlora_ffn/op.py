@@ -5,58 +5,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import ExpertFactors, mixlora_ffn_backward, mixlora_ffn_forward
+from .reference import ExpertFactors, FfnInputs, mixlora_ffn_backward, mixlora_ffn_forward
 
 
 class _MixLoraFfn(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        p1: Tensor,
-        p3: Tensor,
-        gates: Tensor,
-        experts: Tensor,
-        gate_a: Tensor | None,
-        gate_b: Tensor | None,
-        up_a: Tensor | None,
-        up_b: Tensor | None,
-        down_a: Tensor | None,
-        scaling: float,
-        x_mask: Tensor | None,
-        h_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        gate, up = _factors(gate_a, gate_b), _factors(up_a, up_b)
-        hidden, lowered, a1, a3 = mixlora_ffn_forward(
-            x, p1, p3, gates, experts, gate, up, down_a, scaling, x_mask, h_mask
-        )
+    def forward(ctx: Any, scaling: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        hidden, lowered, a1, a3 = mixlora_ffn_forward(_inputs(scaling, *tensors))
         ctx.scaling = scaling
-        ctx.save_for_backward(x, p1, p3, gates, experts, gate_a, gate_b, up_a, up_b, down_a, x_mask, h_mask, a1, a3)
+        ctx.save_for_backward(*tensors, a1, a3)
         return hidden, lowered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, p1, p3, gates, experts, gate_a, gate_b, up_a, up_b, down_a, x_mask, h_mask, a1, a3 = ctx.saved_tensors
-        found = mixlora_ffn_backward(
-            grads[0],
-            grads[1],
-            x,
-            p1,
-            p3,
-            gates,
-            experts,
-            _factors(gate_a, gate_b),
-            _factors(up_a, up_b),
-            down_a,
-            ctx.scaling,
-            x_mask,
-            h_mask,
-            a1,
-            a3,
-        )
-        gate = found.gate or (None, None)
-        up = found.up or (None, None)
-        return found.dx, found.dp1, found.dp3, found.dgates, None, *gate, *up, found.down_a, None, None, None
+        *tensors, a1, a3 = ctx.saved_tensors
+        found = mixlora_ffn_backward(_inputs(ctx.scaling, *tensors), grads[0], grads[1], a1, a3)
+        gate, up = found.gate or (None, None), found.up or (None, None)
+        return None, found.dx, found.dp1, found.dp3, found.dgates, None, *gate, *up, found.down_a, None, None
+
+
+def _inputs(scaling: float, *tensors: Any) -> FfnInputs:
+    """The tensors in the order in which autograd takes them: a stack's A and B each for themselves."""
+    x, p1, p3, gates, experts, gate_a, gate_b, up_a, up_b, down_a, x_mask, h_mask = tensors
+    gate, up = _factors(gate_a, gate_b), _factors(up_a, up_b)
+    return FfnInputs(x, p1, p3, gates, experts, gate, up, down_a, scaling, x_mask, h_mask)
 
 
 def _factors(lora_a: Tensor | None, lora_b: Tensor | None) -> ExpertFactors | None:
@@ -93,21 +65,9 @@ def mixlora_ffn(
     Returns:
         h ``[N, F]`` and delta ``[N, D]`` (None without down experts): the layer's output is ``W2 h + delta``.
     """
-    hidden, lowered = _MixLoraFfn.apply(
-        x,
-        p1,
-        p3,
-        gates,
-        experts,
-        gate.lora_a if gate else None,
-        gate.lora_b if gate else None,
-        up.lora_a if up else None,
-        up.lora_b if up else None,
-        down.lora_a if down else None,
-        scaling,
-        x_mask,
-        h_mask,
-    )
+    factors = [factor for stack in (gate, up) for factor in ((stack.lora_a, stack.lora_b) if stack else (None, None))]
+    down_a = down.lora_a if down else None
+    hidden, lowered = _MixLoraFfn.apply(scaling, x, p1, p3, gates, experts, *factors, down_a, x_mask, h_mask)
     if down is None or lowered is None:
         return hidden, None
     return hidden, lowered @ down.flat_b(x.dtype).mul(scaling)

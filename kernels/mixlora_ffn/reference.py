@@ -39,32 +39,8 @@ class ExpertFactors:
 
 
 @dataclass(frozen=True)
-class FfnGradients:
-    """What the backward returns, in the order of the forward's arguments; None where there is no such input."""
-
-    dx: Tensor | None
-    dp1: Tensor
-    dp3: Tensor
-    dgates: Tensor
-    gate: tuple[Tensor, Tensor] | None
-    up: tuple[Tensor, Tensor] | None
-    down_a: Tensor | None
-
-
-def mixlora_ffn_forward(
-    x: Tensor,
-    p1: Tensor,
-    p3: Tensor,
-    gates: Tensor,
-    experts: Tensor,
-    gate: ExpertFactors | None,
-    up: ExpertFactors | None,
-    down_a: Tensor | None,
-    scaling: float,
-    x_mask: Tensor | None,
-    h_mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Hidden features of the mixture, before the down projection.
+class FfnInputs:
+    """What the mixture is computed from.
 
     Args:
         x: ``[N, D]``.
@@ -78,74 +54,102 @@ def mixlora_ffn_forward(
         scaling: s.
         x_mask: dropout mask of the experts' input ``[N, D]``, or None.
         h_mask: dropout mask of the down experts' input ``[N, F]``, or None.
+    """
+
+    x: Tensor
+    p1: Tensor
+    p3: Tensor
+    gates: Tensor
+    experts: Tensor
+    gate: ExpertFactors | None
+    up: ExpertFactors | None
+    down_a: Tensor | None
+    scaling: float
+    x_mask: Tensor | None
+    h_mask: Tensor | None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        stacks = (self.gate.lora_a if self.gate else None, self.up.lora_a if self.up else None, self.down_a)
+        return next(stack.shape[0] for stack in stacks if stack is not None)
+
+    @property
+    def masked_x(self) -> Tensor:
+        """What the gate and up experts read."""
+        return self.x if self.x_mask is None else self.x * self.x_mask
+
+
+@dataclass(frozen=True)
+class FfnGradients:
+    """What the backward returns, in the order of the forward's arguments; None where there is no such input."""
+
+    dx: Tensor | None
+    dp1: Tensor
+    dp3: Tensor
+    dgates: Tensor
+    gate: tuple[Tensor, Tensor] | None
+    up: tuple[Tensor, Tensor] | None
+    down_a: Tensor | None
+
+
+def mixlora_ffn_forward(inputs: FfnInputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Hidden features of the mixture, before the down projection.
 
     Returns:
         h ``[N, F]``; C ``[N, ER]`` (None without down experts); and for backward ``A1 x`` and ``A3 x``, ``[N, ER]``.
     """
-    num_experts = _num_experts(gate, up, down_a)
-    masked_x = x if x_mask is None else x * x_mask
+    x, gate, up, scaling = inputs.x, inputs.gate, inputs.up, inputs.scaling
+    masked_x = inputs.masked_x
     a1 = masked_x @ gate.flat_a(x.dtype).T if gate else None
     a3 = masked_x @ up.flat_a(x.dtype).T if up else None
     b1 = gate.flat_b(x.dtype) if gate else None
     b3 = up.flat_b(x.dtype) if up else None
-    flat_down = down_a.to(x.dtype).flatten(0, 1) if down_a is not None else None
-    hidden = torch.zeros_like(p1)
+    flat_down = inputs.down_a.to(x.dtype).flatten(0, 1) if inputs.down_a is not None else None
+    hidden = torch.zeros_like(inputs.p1)
     lowered = x.new_zeros(x.shape[0], flat_down.shape[0]) if flat_down is not None else None
-    for slot in range(experts.shape[1]):
-        chosen = _one_hot(experts[:, slot], num_experts, x.dtype)
-        weight = gates[:, slot, None].to(x.dtype)  # [N, 1]
-        u1 = _expert_product(p1, a1, b1, chosen, scaling)
-        u3 = _expert_product(p3, a3, b3, chosen, scaling)
+    for slot in range(inputs.experts.shape[1]):
+        chosen = _one_hot(inputs.experts[:, slot], inputs.num_experts, x.dtype)
+        weight = inputs.gates[:, slot, None].to(x.dtype)  # [N, 1]
+        u1 = _expert_product(inputs.p1, a1, b1, chosen, scaling)
+        u3 = _expert_product(inputs.p3, a3, b3, chosen, scaling)
         h = torch.nn.functional.silu(u1).mul_(u3)  # [N, F]
         hidden.addcmul_(h, weight)
         if lowered is not None and flat_down is not None:
-            if h_mask is not None:
-                h.mul_(h_mask)
+            if inputs.h_mask is not None:
+                h.mul_(inputs.h_mask)
             lowered += _select(h @ flat_down.T, chosen).mul_(weight)
     return hidden, lowered, a1, a3
 
 
 def mixlora_ffn_backward(
-    dhidden: Tensor,
-    dlowered: Tensor | None,
-    x: Tensor,
-    p1: Tensor,
-    p3: Tensor,
-    gates: Tensor,
-    experts: Tensor,
-    gate: ExpertFactors | None,
-    up: ExpertFactors | None,
-    down_a: Tensor | None,
-    scaling: float,
-    x_mask: Tensor | None,
-    h_mask: Tensor | None,
-    a1: Tensor | None,
-    a3: Tensor | None,
+    inputs: FfnInputs, dhidden: Tensor, dlowered: Tensor | None, a1: Tensor | None, a3: Tensor | None
 ) -> FfnGradients:
     """Gradients of the forward, with every ``[N, F]`` intermediate computed again.
 
     Args:
+        inputs: the forward's.
         dhidden: gradient of h, ``W2^T dy``, ``[N, F]``.
         dlowered: gradient of C, ``s B2^T dy``, ``[N, ER]``; None without down experts.
-        a1: from the forward; likewise a3. The others are the forward's arguments.
+        a1: from the forward; likewise a3.
     """
-    dtype = x.dtype
-    num_experts = _num_experts(gate, up, down_a)
+    gate, up, down_a, h_mask, scaling = inputs.gate, inputs.up, inputs.down_a, inputs.h_mask, inputs.scaling
+    dtype = inputs.x.dtype
     b1 = gate.flat_b(dtype) if gate else None
     b3 = up.flat_b(dtype) if up else None
     flat_down = down_a.to(dtype).flatten(0, 1) if down_a is not None else None
-    dp1, dp3 = torch.zeros_like(p1), torch.zeros_like(p3)
-    dgates = torch.empty_like(gates)
+    dp1, dp3 = torch.zeros_like(inputs.p1), torch.zeros_like(inputs.p3)
+    dgates = torch.empty_like(inputs.gates)
     da1 = torch.zeros_like(a1) if a1 is not None else None
     da3 = torch.zeros_like(a3) if a3 is not None else None
     db1 = torch.zeros_like(b1) if b1 is not None else None
     db3 = torch.zeros_like(b3) if b3 is not None else None
     d_flat_down = torch.zeros_like(flat_down) if flat_down is not None else None
-    for slot in range(experts.shape[1]):
-        chosen = _one_hot(experts[:, slot], num_experts, dtype)
-        weight = gates[:, slot, None].to(dtype)
-        u1 = _expert_product(p1, a1, b1, chosen, scaling)
-        u3 = _expert_product(p3, a3, b3, chosen, scaling)
+    for slot in range(inputs.experts.shape[1]):
+        chosen = _one_hot(inputs.experts[:, slot], inputs.num_experts, dtype)
+        weight = inputs.gates[:, slot, None].to(dtype)
+        u1 = _expert_product(inputs.p1, a1, b1, chosen, scaling)
+        u3 = _expert_product(inputs.p3, a3, b3, chosen, scaling)
         silu = torch.nn.functional.silu(u1)
         h = silu * u3
         dh = dhidden
@@ -158,7 +162,7 @@ def mixlora_ffn_backward(
                 masked_h = h * h_mask
             dh = from_down.add_(dhidden)
             d_flat_down += (z * weight).T @ masked_h
-        dgates[:, slot] = _row_dot(dh, h).to(gates.dtype)
+        dgates[:, slot] = _row_dot(dh, h).to(inputs.gates.dtype)
         dh = dh * weight
         du3 = dh * silu
         du1 = torch.ops.aten.silu_backward(dh.mul_(u3), u1)
@@ -168,7 +172,7 @@ def mixlora_ffn_backward(
             if a is not None and da is not None and b is not None and db is not None:
                 da += _select(du @ b.T, chosen).mul_(scaling)
                 db += (_select(a, chosen).T @ du).mul_(scaling)
-    masked_x = x if x_mask is None else x * x_mask
+    masked_x = inputs.masked_x
     dx = None
     grads: list[tuple[Tensor, Tensor] | None] = []
     for factors, da, db in ((gate, da1, db1), (up, da3, db3)):
@@ -178,19 +182,12 @@ def mixlora_ffn_backward(
         part = da @ factors.flat_a(dtype)
         dx = part if dx is None else dx.add_(part)
         d_lora_a = (da.T @ masked_x).view_as(factors.lora_a).to(factors.lora_a.dtype)
-        d_lora_b = db.view(num_experts, -1, db.shape[1]).transpose(1, 2).to(factors.lora_b.dtype)
+        d_lora_b = db.view(inputs.num_experts, -1, db.shape[1]).transpose(1, 2).to(factors.lora_b.dtype)
         grads.append((d_lora_a, d_lora_b))
-    if dx is not None and x_mask is not None:
-        dx.mul_(x_mask)
+    if dx is not None and inputs.x_mask is not None:
+        dx.mul_(inputs.x_mask)
     d_down = d_flat_down.view_as(down_a).to(down_a.dtype) if down_a is not None and d_flat_down is not None else None
     return FfnGradients(dx=dx, dp1=dp1, dp3=dp3, dgates=dgates, gate=grads[0], up=grads[1], down_a=d_down)
-
-
-def _num_experts(gate: ExpertFactors | None, up: ExpertFactors | None, down_a: Tensor | None) -> int:
-    for stack in (gate.lora_a if gate else None, up.lora_a if up else None, down_a):
-        if stack is not None:
-            return stack.shape[0]
-    raise AssertionError("a mixture has experts on at least one projection")
 
 
 def _one_hot(experts: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
