@@ -185,7 +185,7 @@ def test_a_folder_with_other_files_is_not_replaced(model: LlamaForCausalLM, tmp_
         save_adapter(model, "qa", folder)
     with pytest.raises(ValueError, match=r"thesis\.txt is a file"):
         save_adapter(model, "qa", folder / "thesis.txt")
-    with pytest.raises(ValueError, match=r"adapter 'qq' is not attached .* did you mean 'qa'"):
+    with pytest.raises(ValueError, match="adapter 'qq' is not attached to this model; valid here: qa"):
         save_adapter(model, "qq", tmp_path / "new")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
     assert (folder / "thesis.txt").read_text() == "years of work"
