@@ -117,13 +117,14 @@ def write_example(block: Block, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base_and_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny ``base``, and in ``runs/run-001`` a run on it that trained ``qa`` and ``style``."""
+    """A folder with a tiny ``base``, and in ``runs/run-001`` a run on it: ``qa``, ``style``, ``orders``."""
     folder = tmp_path_factory.mktemp("base-and-run")
     base = tiny_run.make_base_folder(folder / "base")
     data = tiny_run.write_jsonl(folder / "data.jsonl", tiny_run.instructions(4))
     entries = [
         tiny_run.adapter_entry("qa", data, method="mixlora", num_experts=3, template="chat", max_steps=1),
         tiny_run.adapter_entry("style", data, template="chat", max_steps=1),
+        tiny_run.adapter_entry("orders", data, template="chat", max_steps=1),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "draw", lambda self, runs: None)
