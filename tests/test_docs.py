@@ -286,7 +286,7 @@ def test_the_line_that_trains_from_python(shell: Shell) -> None:
     config = yaml.safe_load(Path("runs/run-001/config.yaml").read_text(encoding="utf-8"))
     Path("config.yaml").write_text(yaml.safe_dump({**config, "output_dir": "run"}), encoding="utf-8")
     result = eval(line, vars(moe_peft))
-    assert [adapter.num_steps for adapter in result.adapters] == [1, 1]
+    assert [adapter.num_steps for adapter in result.adapters] == [1, 1, 1]
 
 
 def test_the_second_set_up_command_is_what_ci_runs() -> None:
