@@ -1,10 +1,11 @@
 """How long ``python -m moe_peft.train`` takes with no config, and how far its held-out losses fall.
 
-    python benchmarks/default_run.py [key=value ...]
+    python benchmarks/default_run.py [--results FOLDER] [key=value ...]
 
 The model must be in the cache already: the download is not part of the measurement.
 """
 
+import argparse
 import json
 import resource
 import subprocess
@@ -13,13 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from rows import append_row
+from rows import RESULTS, append_row
 
 from moe_peft.io.source import resolve_source
 
 
-def main(overrides: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Run it in a process of its own, print what it prints, and append a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the row goes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the default config")
+    options = parser.parse_args(arguments)
+    overrides: list[str] = options.overrides
     resolve_source("smollm2-135m")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -41,7 +47,7 @@ def main(overrides: list[str]) -> None:
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
     }
     print(json.dumps(measured, indent=2))
-    print(f"row appended to {append_row('default_run', measured)}")
+    print(f"row appended to {append_row('default_run', measured, folder=options.results)}")
 
 
 if __name__ == "__main__":
