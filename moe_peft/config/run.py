@@ -109,7 +109,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         strict.check_fields(self)
         require(self, "base_model", self.base_model != "", "not be empty")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps(:0)?", self.device):
             raise ValueError(f"device={self.device!r} must be auto, cpu, cuda, cuda:N or mps")
         require(self, "output_dir", self.output_dir != "", "not be empty; null picks a free name")
         check_seed(self, self.seed)
