@@ -1,7 +1,6 @@
 """Adapter folders, as PEFT lays them out: ``adapter_config.json`` beside ``adapter_model.safetensors``."""
 
 import dataclasses
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from moe_peft.adapters import METHODS, LoraConfig
 from moe_peft.io.atomic import atomic_folder, save_safetensors_atomically, write_text_atomically
 from moe_peft.io.json_file import read_json_object
 from moe_peft.model.llama import LlamaForCausalLM
-from moe_peft.strict import build
+from moe_peft.strict import build, did_you_mean
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -120,9 +119,8 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     by_type = {method.peft_type: method for method in METHODS.values()}
     kind = str(data.get("peft_type", ""))
     if kind not in by_type:
-        near = difflib.get_close_matches(kind, by_type, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{path}: peft_type={data.get('peft_type')!r} must be one of {', '.join(by_type)}{hint}")
+        close = did_you_mean(kind, by_type)
+        raise ValueError(f"{path}: peft_type={data.get('peft_type')!r} must be one of {', '.join(by_type)}{close}")
     try:
         return _build_config(by_type[kind], data)
     except ValueError as error:
