@@ -14,6 +14,15 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped, not passed, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture
 def poisoned_memory():
     """Every ``torch.empty`` comes filled with NaN, so that an element nobody wrote shows."""

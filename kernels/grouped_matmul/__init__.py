@@ -1,0 +1,1 @@
+"""One matrix a group, on rows sorted by group."""

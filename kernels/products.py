@@ -1,0 +1,26 @@
+"""Float32 matrix products on the CPU by the faster of torch's two libraries.
+
+``torch.mm`` gives float32 to MKL, which runs half as fast as oneDNN on CPUs that it does not know (measured on AMD's
+Zen 5: 180 against 400 GFLOP/s); 16-bit types go to oneDNN already.
+"""
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` of ``[rows, I]`` and ``[O, I]``; either may be a transposed view."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def matmul_t(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T`` of ``[rows, I]`` and ``[O, I]``; either may be a transposed view."""
+    return linear(a, b)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of ``[rows, I]`` and ``[I, O]``; either may be a transposed view."""
+    return linear(a, b.T)

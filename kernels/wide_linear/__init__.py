@@ -1,0 +1,1 @@
+"""A trainable linear layer of few outputs in a wider dtype than its input."""

@@ -1,0 +1,22 @@
+"""Kernels run on a GPU when there is one, else on CPU tensors through Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads it when a kernel is defined, so it stands before any import of one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def kernel_device():
+    """Where a kernel's own tests put their tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)])
+def kernel_dtype(request):
+    """Every dtype a kernel takes; in bfloat16 Triton's interpreter is silently wrong, so that one waits for a GPU."""
+    return getattr(torch, request.param)
