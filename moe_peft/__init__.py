@@ -15,13 +15,8 @@ from moe_peft.io.adapter_files import load_adapter, save_adapter
 from moe_peft.io.base_model import load_base_model
 from moe_peft.model.batch import BatchConfig, ModelInput, ModelOutput
 from moe_peft.model.config import LlamaConfig, RopeScaling
-from moe_peft.model.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaEmbedding,
-    LlamaForCausalLM,
-    LlamaMLP,
-)
+from moe_peft.model.decoder import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+from moe_peft.model.llama import LlamaEmbedding, LlamaForCausalLM
 from moe_peft.training.trainer import Trainer
 from moe_peft.version import __version__
 

@@ -6,5 +6,22 @@ from moe_peft.kernels.lora_linear.op import lora_linear
 from moe_peft.kernels.lora_linear.reference import LoraRange
 from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn
 from moe_peft.kernels.mixlora_ffn.reference import ExpertFactors
+from moe_peft.kernels.recompute import Recomputable
+from moe_peft.kernels.rms_norm.op import rms_norm
+from moe_peft.kernels.rotary.op import rotary
+from moe_peft.kernels.swiglu.op import swiglu
+from moe_peft.kernels.wide_linear.op import wide_linear
 
-__all__ = ["ExpertFactors", "LoraRange", "causal_attention", "linear_cross_entropy", "lora_linear", "mixlora_ffn"]
+__all__ = [
+    "ExpertFactors",
+    "LoraRange",
+    "Recomputable",
+    "causal_attention",
+    "linear_cross_entropy",
+    "lora_linear",
+    "mixlora_ffn",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "wide_linear",
+]

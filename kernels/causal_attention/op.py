@@ -1,41 +1,124 @@
-"""Autograd for causal attention over samples of equal length."""
+"""Autograd for causal attention over samples laid end to end."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference import causal_attention_backward
+from . import reference
+from .flash import flash_backward, flash_forward, flash_takes
 
 
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        share = q.shape[1] // k.shape[1]
-        out, log_z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), 0.0, True
-        )
-        ctx.save_for_backward(q, k, v, log_z)
-        return out
+@torch.library.custom_op("moe_peft::causal_attention", mutates_args=())
+def _causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    boundaries: Sequence[int],
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    if flash_takes(q):
+        return flash_forward(q, k, v, cu_seqlens, boundaries, window)
+    return reference.causal_attention_forward(q, k, v, boundaries, window), q.new_empty(0, dtype=torch.float32)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, log_z = ctx.saved_tensors
-        return causal_attention_backward(grads[0], q, k, v, log_z, q.shape[3] ** -0.5)
+
+@torch.library.custom_op("moe_peft::causal_attention_backward", mutates_args=())
+def _causal_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    log_z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    boundaries: Sequence[int],
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if out is not None and log_z is not None:
+        return flash_backward(d_out, q, k, v, out, log_z, cu_seqlens, boundaries, window, deterministic)
+    return reference.causal_attention_backward(d_out, q, k, v, boundaries, window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+@_causal_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    boundaries: Sequence[int],
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    log_z = (q.shape[1], q.shape[0]) if flash_takes(q) else (0,)
+    return q.new_empty(q.shape), q.new_empty(log_z, dtype=torch.float32)
+
+
+@_causal_attention_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    out, log_z = output
+    ctx.mark_non_differentiable(log_z)
+    # The products need no output: what they save is what the projections' own backward would recompute from anyway.
+    kept = (out, log_z, cu_seqlens) if flash_takes(q) else (None, None, None)
+    ctx.save_for_backward(q, k, v, *kept)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *_causal_attention_backward(d_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+_causal_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Sequence[int],
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    deterministic: bool = True,
+) -> Tensor:
     """Every token attends to itself and the earlier tokens of its own sample.
 
+    On a GPU, float16 and bfloat16 run torch's varlen flash attention (https://arxiv.org/abs/2307.08691), one launch for
+    all samples; everything else runs as matrix products, which save q, k and v alone for backward.
+
     Args:
-        q: ``[B, H, L, d]``.
-        k: ``[B, G, L, d]``, H a multiple of G.
-        v: ``[B, G, L, d]``.
+        q: ``[T, H, d]``, samples laid end to end.
+        k: ``[T, G, d]``, H a multiple of G.
+        v: ``[T, G, d]``.
+        boundaries: first token of every sample, then T.
+        window: tokens a token may attend to, itself included; None: all.
+        cu_seqlens: the boundaries as int32 on q's device, so that a model copies them once and not once a layer;
+            None: copied here.
+        deterministic: equal inputs give equal bits. Only flash attention's backward has another way: it adds up the
+            gradient of q in whatever order its blocks finish, which is faster.
 
     Returns:
-        ``[B, H, L, d]``.
+        ``[T, H, d]``.
+
+    Raises:
+        ValueError: when shapes do not fit each other or the boundaries.
     """
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        result: Tensor = _CausalAttention.apply(q, k, v)
-        return result
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    tokens, heads, size = q.shape
+    if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != size or heads % k.shape[1]:
+        raise ValueError(
+            f"k {list(k.shape)} and v {list(v.shape)} must be [T={tokens}, G, d={size}] with G a divisor of H={heads}"
+        )
+    if boundaries[0] != 0 or boundaries[-1] != tokens:
+        raise ValueError(f"boundaries {boundaries[0]}..{boundaries[-1]} must be 0..T={tokens}")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1")
+    if flash_takes(q) and cu_seqlens is None:
+        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32).to(q.device, non_blocking=True)
+    result: Tensor = _causal_attention(q, k, v, cu_seqlens, boundaries, window, deterministic)[0]
+    return result

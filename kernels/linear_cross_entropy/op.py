@@ -5,25 +5,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import linear_cross_entropy_forward
+from . import reference
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        nll, gradient = linear_cross_entropy_forward(hidden, weight, targets, ctx.needs_input_grad[0])
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return nll
+@torch.library.custom_op("moe_peft::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        from .kernel import linear_cross_entropy_forward
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][:, None].to(gradient.dtype), None, None
+        return linear_cross_entropy_forward(hidden, weight, targets, with_gradient)
+    return reference.linear_cross_entropy_forward(hidden, weight, targets, with_gradient)
+
+
+@torch.library.custom_op("moe_peft::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(d_nll: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * d_nll[:, None].to(gradient.dtype)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = hidden.shape[0] if with_gradient else 0
+    return hidden.new_empty(hidden.shape[0], dtype=wide), hidden.new_empty(rows, hidden.shape[1])
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(d_nll: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    gradient = output[1]
+    ctx.mark_non_differentiable(gradient)
+    ctx.save_for_backward(gradient)
+
+
+def _differentiate(ctx: Any, d_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
+    (gradient,) = ctx.saved_tensors
+    return _linear_cross_entropy_backward(d_nll, gradient), None, None, None
+
+
+_linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of every row under a frozen linear head.
+
+    The gradient of the rows is computed with the losses, while a chunk's logits are at hand, and is all that is saved.
 
     Args:
         hidden: ``[N, D]``; only rows that carry a label, no other row costs anything.
@@ -32,6 +62,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
     Returns:
         ``[N]``, float32 (float64 for a float64 base).
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
     """
-    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
-    return result
+    if hidden.shape[1:] != weight.shape[1:] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {list(hidden.shape)}, weight {list(weight.shape)} and targets {list(targets.shape)} "
+            "must be [N, D], [V, D] and [N]"
+        )
+    with_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    nll: Tensor = _linear_cross_entropy(hidden, weight, targets, with_gradient)[0]
+    return nll

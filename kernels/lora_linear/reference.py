@@ -1,12 +1,17 @@
-"""Frozen linear layer plus per-range LoRA in plain PyTorch, forward and backward.
+"""Frozen projections of one input plus per-range LoRA in plain PyTorch, forward and backward.
 
-Letters: T tokens, I input features, O output features, R rank, n tokens of one range.
+Letters: T tokens, I input features, O output features, J projections, R rank, n tokens of one range.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..products import linear, matmul, matmul_t
+
+Factors = tuple[Tensor, Tensor]  # lora_a [R, I] and lora_b [O, R]
 
 
 @dataclass(frozen=True)
@@ -16,62 +21,127 @@ class LoraRange:
     Args:
         start: first token.
         end: one past the last token.
-        lora_a: ``[R, I]``.
-        lora_b: ``[O, R]``.
-        scaling: factor of the low-rank product.
+        factors: ``lora_a [R, I]`` and ``lora_b [O, R]`` of each projection; None where the adapter has none.
+        scalings: factor of each projection's low-rank product.
         mask: dropout mask ``[n, I]`` already divided by the keep probability, or None.
     """
 
     start: int
     end: int
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
+    factors: tuple[Factors | None, ...]
+    scalings: tuple[float, ...]
     mask: Tensor | None = None
+
+    def masked(self, x: Tensor) -> Tensor:
+        """What the factors read of ``[T, I]``, ``[n, I]``."""
+        rows = x[self.start : self.end]
+        return rows if self.mask is None else rows * self.mask
+
+    def stacked_a(self, dtype: torch.dtype) -> Tensor:
+        """A of all projections, one below the other, ``[sum R, I]``."""
+        return torch.cat([pair[0] for pair in self.factors if pair is not None]).to(dtype)
+
+    def columns(self) -> list[slice]:
+        """Where each projection's ranks stand in ``stacked_a``; empty where it has none."""
+        found, end = [], 0
+        for pair in self.factors:
+            start, end = end, end + (pair[0].shape[0] if pair is not None else 0)
+            found.append(slice(start, end))
+        return found
+
+    def scaled_b(self, projection: int, dtype: torch.dtype) -> Tensor:
+        """``s B^T`` of a projection that has factors, ``[R, O]``: contiguous, because GEMMs read it fastest so."""
+        pair = self.factors[projection]
+        assert pair is not None
+        return (pair[1].T * self.scalings[projection]).to(dtype, memory_format=torch.contiguous_format)
+
+
+Gradients = list[list[Factors | None]]  # a range's, a projection's dA and dB
 
 
 def lora_linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ranges: list[LoraRange]
-) -> tuple[Tensor, list[Tensor]]:
-    """``y = W x + b`` everywhere and ``+ s B A (m * x)`` on each range.
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], ranges: Sequence[LoraRange]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``y_j = W_j x + b_j`` everywhere and ``+ s B_j A_j (m * x)`` on each range.
+
+    Args:
+        x: ``[T, I]``.
+        weights: ``[O_j, I]`` of each projection.
+        biases: ``[O_j]`` or None, of each projection.
+        ranges: disjoint.
 
     Returns:
-        y ``[T, O]`` and, for backward, each range's ``A (m * x)`` ``[n, R]``.
+        y_j ``[T, O_j]`` of each projection and, for backward, each range's ``A (m * x)`` ``[n, sum R]``.
     """
-    y = torch.nn.functional.linear(x, weight, bias)  # [T, O]
+    outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     lowered = []
     for part in ranges:
-        a = _masked(x[part.start : part.end], part.mask) @ part.lora_a.to(x.dtype).T  # [n, R]
-        y[part.start : part.end].addmm_(a, part.lora_b.to(x.dtype).T, alpha=part.scaling)
+        a = matmul_t(part.masked(x), part.stacked_a(x.dtype))  # [n, sum R]
+        for j, columns in enumerate(part.columns()):
+            if part.factors[j] is not None:
+                outputs[j][part.start : part.end].addmm_(a[:, columns], part.scaled_b(j, x.dtype))
         lowered.append(a)
-    return y, lowered
+    return outputs, lowered
 
 
 def lora_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, ranges: list[LoraRange], lowered: list[Tensor], needs_dx: bool
-) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    d_outputs: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    ranges: Sequence[LoraRange],
+    lowered: Sequence[Tensor],
+    needs_dx: bool,
+) -> tuple[Tensor | None, Gradients]:
     """Gradients of the forward.
 
+    Args:
+        d_outputs: ``[T, O_j]`` of each projection.
+        x: as in the forward, and so are weights and ranges.
+        weights: see x.
+        ranges: see x.
+        lowered: from the forward.
+        needs_dx: also compute the gradient of x.
+
     Returns:
-        dx ``[T, I]`` (None unless needed) and ``(dA, dB)`` of each range, in the dtype of A and B.
+        dx ``[T, I]`` (None unless needed) and the factors' gradients in the factors' dtype.
     """
-    dx = dy @ weight if needs_dx else None
-    weight_grads = []
+    dtype = x.dtype
+    dx = None
+    if needs_dx:
+        dx = matmul(d_outputs[0], weights[0])
+        for dy, weight in zip(d_outputs[1:], weights[1:], strict=True):
+            dx.add_(matmul(dy, weight))
+    gradients: Gradients = []
     for part, a in zip(ranges, lowered, strict=True):
-        part_dy = dy[part.start : part.end]
-        da = (part_dy @ part.lora_b.to(dy.dtype)).mul_(part.scaling)  # [n, R]
-        # oneDNN takes the narrow operand transposed three times faster than the wide one.
-        d_lora_b = (a.T @ part_dy).T.to(part.lora_b.dtype).mul_(part.scaling)
-        d_lora_a = (da.T @ _masked(x[part.start : part.end], part.mask)).to(part.lora_a.dtype)
-        weight_grads.append((d_lora_a, d_lora_b))
+        # The narrow operand is transposed for real: oneDNN multiplies it faster so.
+        a_rows = a.T.contiguous()  # [sum R, n]
+        pieces, d_bs = [], []
+        for j, columns in enumerate(part.columns()):
+            if part.factors[j] is not None:
+                dy = d_outputs[j][part.start : part.end]
+                pieces.append(matmul_t(dy, part.scaled_b(j, dtype)))  # [n, R]
+                d_bs.append(matmul(a_rows[columns], dy).T)  # [O, R]
+        da = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # [n, sum R]
+        d_stacked_a = matmul(da.T.contiguous(), part.masked(x))  # [sum R, I]
+        gradients.append(_split(part, d_stacked_a, d_bs))
         if dx is not None:
             part_dx = dx[part.start : part.end]
             if part.mask is None:
-                part_dx.addmm_(da, part.lora_a.to(dy.dtype))
+                part_dx.addmm_(da, part.stacked_a(dtype))
             else:
-                part_dx.addcmul_(da @ part.lora_a.to(dy.dtype), part.mask)
-    return dx, weight_grads
+                part_dx.addcmul_(da @ part.stacked_a(dtype), part.mask)
+    return dx, gradients
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+def _split(part: LoraRange, d_stacked_a: Tensor, d_bs: list[Tensor]) -> list[Factors | None]:
+    """Each projection's own gradients, in its factors' dtype, contiguous as fused optimizers need them."""
+    found: list[Factors | None] = []
+    rest = iter(d_bs)
+    for pair, scaling, columns in zip(part.factors, part.scalings, part.columns(), strict=True):
+        if pair is None:
+            found.append(None)
+            continue
+        d_a = torch.empty_like(pair[0]).copy_(d_stacked_a[columns])
+        d_b = torch.empty(pair[1].shape, dtype=pair[1].dtype, device=pair[1].device)
+        found.append((d_a, torch.mul(next(rest), scaling, out=d_b)))
+    return found

@@ -1,42 +1,137 @@
 """Autograd for the mixture of LoRA experts in a SwiGLU layer."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference import ExpertFactors, FfnInputs, mixlora_ffn_backward, mixlora_ffn_forward
+from ..optional_tensors import with_gaps, without_gaps
+from ..recompute import Recomputable, recomputed
+from ..registration import Differentiable, Gradients, Operator
+from .reference import ExpertFactors, FfnInputs
+
+_Tensors = Sequence[Tensor]
+
+# The mixture's inputs but x, flattened as torch.library needs them. `present` says which of the gate's A and B, the up
+# projection's A and B and the down projection's A there are, then which of the two dropout masks.
+_FLAT = (
+    "Tensor p1, Tensor p3, Tensor gates, Tensor[] factors, Tensor experts, float scaling, Tensor[] masks, "
+    "bool[] present, str recipe, Tensor[] kept"
+)
 
 
-class _MixLoraFfn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scaling: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        hidden, lowered, a1, a3 = mixlora_ffn_forward(_inputs(scaling, *tensors))
-        ctx.scaling = scaling
-        ctx.save_for_backward(*tensors, a1, a3)
-        return hidden, lowered
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        *tensors, a1, a3 = ctx.saved_tensors
-        found = mixlora_ffn_backward(_inputs(ctx.scaling, *tensors), grads[0], grads[1], a1, a3)
-        gate, up = found.gate or (None, None), found.up or (None, None)
-        return None, found.dx, found.dp1, found.dp3, found.dgates, None, *gate, *up, found.down_a, None, None
+def _run(inputs: FfnInputs, recipe: str, sources: _Tensors) -> list[Tensor]:
+    """h, C, ``A1 x`` and ``A3 x``, those of them that there are."""
+    if inputs.p1.is_cuda:
+        from .kernel import mixlora_ffn_forward
+    else:
+        from .reference import mixlora_ffn_forward
+    return [result for result in mixlora_ffn_forward(inputs) if result is not None]
 
 
-def _inputs(scaling: float, *tensors: Any) -> FfnInputs:
-    """The tensors in the order in which autograd takes them: a stack's A and B each for themselves."""
-    x, p1, p3, gates, experts, gate_a, gate_b, up_a, up_b, down_a, x_mask, h_mask = tensors
-    gate, up = _factors(gate_a, gate_b), _factors(up_a, up_b)
-    return FfnInputs(x, p1, p3, gates, experts, gate, up, down_a, scaling, x_mask, h_mask)
+def _flatten(inputs: FfnInputs, recipe: str, sources: _Tensors) -> list[Any]:
+    pairs = [(pair.lora_a, pair.lora_b) if pair else (None, None) for pair in (inputs.gate, inputs.up)]
+    factors, has_factor = without_gaps((*pairs[0], *pairs[1], inputs.down_a))
+    masks, has_mask = without_gaps((inputs.x_mask, inputs.h_mask))
+    present = [*has_factor, *has_mask]
+    base = [inputs.x, inputs.p1, inputs.p3, inputs.gates]
+    return [*base, factors, inputs.experts, inputs.scaling, masks, present, recipe, list(sources)]
 
 
-def _factors(lora_a: Tensor | None, lora_b: Tensor | None) -> ExpertFactors | None:
-    return ExpertFactors(lora_a, lora_b) if lora_a is not None and lora_b is not None else None
+def _forward(x: Tensor, *flat: Any) -> list[Tensor]:
+    *_, recipe, kept = flat
+    return _run(_inputs(x, *flat), recipe, kept)
+
+
+def _forward_fake(x: Tensor, *flat: Any) -> list[Tensor]:
+    inputs = _inputs(x, *flat)
+    p1 = inputs.p1
+    stacks = inputs.down_a, *(pair.lora_a if pair else None for pair in (inputs.gate, inputs.up))
+    lowered = [p1.new_empty(p1.shape[0], a.shape[0] * a.shape[1]) for a in stacks if a is not None]
+    return [torch.empty_like(p1), *lowered]
+
+
+def _backward(dhidden: Tensor, dlowered: Tensor | None, lowered: _Tensors, *flat: Any) -> list[Tensor]:
+    """dp1, dp3, dgates, the factors' gradients, and dx behind them when an expert reads x."""
+    *_, recipe, kept = flat
+    p1 = flat[0]
+    if p1.is_cuda:
+        from .kernel import mixlora_ffn_backward
+    else:
+        from .reference import mixlora_ffn_backward
+    inputs = _inputs(recomputed(recipe, kept) if kept else p1, *flat)  # only the gate and up experts read x
+    rest = iter(lowered)
+    a1, a3 = (next(rest) if pair is not None else None for pair in (inputs.gate, inputs.up))
+    found = mixlora_ffn_backward(inputs, dhidden, dlowered, a1, a3)
+    pairs = [*(found.gate or ()), *(found.up or ())]
+    optional = [grad for grad in (found.down_a, found.dx) if grad is not None]
+    return [found.dp1, found.dp3, found.dgates, *pairs, *optional]
+
+
+def _backward_fake(dhidden: Tensor, dlowered: Tensor | None, lowered: _Tensors, *flat: Any) -> list[Tensor]:
+    p1, p3, gates, factors, *_, kept = flat
+    dx = [p1.new_empty(p1.shape[0], factors[0].shape[2])] if kept else []
+    return [torch.empty_like(like) for like in (p1, p3, gates, *factors)] + dx
+
+
+def _inputs(
+    x: Tensor,
+    p1: Tensor,
+    p3: Tensor,
+    gates: Tensor,
+    factors: _Tensors,
+    experts: Tensor,
+    scaling: float,
+    masks: _Tensors,
+    present: Sequence[bool],
+    recipe: str,
+    kept: _Tensors,
+) -> FfnInputs:
+    gate_a, gate_b, up_a, up_b, down_a = with_gaps(factors, present[:5])
+    gate = ExpertFactors(gate_a, gate_b) if gate_a is not None and gate_b is not None else None
+    up = ExpertFactors(up_a, up_b) if up_a is not None and up_b is not None else None
+    return FfnInputs(x, p1, p3, gates, experts, gate, up, down_a, scaling, *with_gaps(masks, present[5:]))
+
+
+def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> list[Any]:
+    x, *others, present, recipe, kept = arguments
+    reads_x, has_down = present[0] or present[2], present[4]
+    lowered = list(results[2:] if has_down else results[1:])
+    return [lowered, *others, present, recipe, (kept if recipe else [x]) if reads_x else []]
+
+
+def _differentiate(
+    backward: Callable[..., list[Tensor]], kept: Sequence[Any], needs: Sequence[bool], grads: Gradients
+) -> tuple[Any, ...]:
+    lowered, *flat = kept
+    p1, _, _, factors, _, _, _, present, _, sources = flat
+    dhidden, dlowered = grads[0], grads[1] if present[4] else None
+    if dhidden is None:
+        dhidden = torch.zeros_like(p1)
+    if dlowered is None and present[4]:
+        dlowered = p1.new_zeros(p1.shape[0], factors[-1].shape[0] * factors[-1].shape[1])
+    dp1, dp3, dgates, *found = backward(dhidden, dlowered, lowered, *flat)
+    return found.pop() if sources else None, dp1, dp3, dgates, found
+
+
+_mixlora_ffn = Differentiable(
+    Operator(f"mixlora_ffn(Tensor x, {_FLAT}) -> Tensor[]", _forward, _forward_fake),
+    Operator(
+        f"mixlora_ffn_backward(Tensor dhidden, Tensor? dlowered, Tensor[] lowered, {_FLAT}) -> Tensor[]",
+        _backward,
+        _backward_fake,
+    ),
+    num_differentiated=5,
+    save=_save,
+    differentiate=_differentiate,
+    run=_run,
+    flatten=_flatten,
+)
 
 
 def mixlora_ffn(
-    x: Tensor,
+    x: Recomputable,
     p1: Tensor,
     p3: Tensor,
     gates: Tensor,
@@ -65,9 +160,9 @@ def mixlora_ffn(
     Returns:
         h ``[N, F]`` and delta ``[N, D]`` (None without down experts): the layer's output is ``W2 h + delta``.
     """
-    factors = [factor for stack in (gate, up) for factor in ((stack.lora_a, stack.lora_b) if stack else (None, None))]
     down_a = down.lora_a if down else None
-    hidden, lowered = _MixLoraFfn.apply(scaling, x, p1, p3, gates, experts, *factors, down_a, x_mask, h_mask)
-    if down is None or lowered is None:
+    inputs = FfnInputs(x.value, p1, p3, gates, experts, gate, up, down_a, scaling, x_mask, h_mask)
+    hidden, *rest = _mixlora_ffn(inputs, x.recipe, x.sources)
+    if down is None:
         return hidden, None
-    return hidden, lowered @ down.flat_b(x.dtype).mul(scaling)
+    return hidden, rest[0] @ down.flat_b(p1.dtype).mul(scaling)

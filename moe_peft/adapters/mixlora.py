@@ -21,12 +21,13 @@ from moe_peft.adapters.lora import (
 )
 from moe_peft.adapters.router_losses import AUX_LOSS_TYPES, router_loss, z_loss
 from moe_peft.model.batch import Segment, expert_name
-from moe_peft.model.draws import generator_for
+from moe_peft.model.draws import generator_for, uniform_noise
 from moe_peft.model.forward import ForwardBatch
 from moe_peft.model.linear import wide_dtype
 
 if TYPE_CHECKING:
-    from moe_peft.model.llama import LlamaForCausalLM, LlamaMLP
+    from moe_peft.model.decoder import LlamaMLP
+    from moe_peft.model.llama import LlamaForCausalLM
 
 MAX_EXPERTS = 64
 
@@ -193,30 +194,39 @@ class MixLora(nn.Module):
         assert isinstance(stack, LoraStack)
         return stack
 
+    def router_logits(self, x: ops.Recomputable, segment: Segment, batch: ForwardBatch) -> Tensor:
+        """``[N, D]``, the layer's input, to ``[N, E]`` in at least float32."""
+        return ops.wide_linear(self._jittered(x, segment, batch), self.gate_.weight)
+
     def forward(
-        self, x: Tensor, gate: Tensor, up: Tensor, segment: Segment, batch: ForwardBatch
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Route this adapter's tokens and mix their experts.
+        self,
+        x: ops.Recomputable,
+        gate: Tensor,
+        up: Tensor,
+        router_logits: Tensor,
+        segment: Segment,
+        batch: ForwardBatch,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix the experts of this adapter's tokens.
 
         Args:
-            x: the layer's input, ``[N, D]``.
+            x: the layer's input, ``[N, D]``, and how to compute it again.
             gate: frozen gate projection of x, ``[N, F]``.
             up: frozen up projection of x, ``[N, F]``.
+            router_logits: ``[N, E]``.
             segment: the adapter's tokens.
             batch: the forward they belong to.
 
         Returns:
-            Hidden features ``[N, F]`` for the frozen down projection, what the down experts add behind it ``[N, D]``
-            (None without down experts), and the router logits ``[N, E]``.
+            Hidden features ``[N, F]`` for the frozen down projection, and what the down experts add behind it
+            ``[N, D]`` (None without down experts).
         """
-        router_logits = self.gate_(self._jittered(x.to(self.gate_.weight.dtype), segment, batch))
         gates, experts = route(router_logits, self.top_k_)
-        hidden, delta = self._mixlora_forward(x, gate, up, gates, experts, segment, batch)
-        return hidden, delta, router_logits
+        return self._mixlora_forward(x, gate, up, gates, experts, segment, batch)
 
     def _mixlora_forward(
         self,
-        x: Tensor,
+        x: ops.Recomputable,
         gate: Tensor,
         up: Tensor,
         gates: Tensor,
@@ -239,17 +249,17 @@ class MixLora(nn.Module):
             up=stacks.get("up_proj"),
             down=stacks.get("down_proj"),
             scaling=self.scaling_,
-            x_mask=mask("mlp_in", x),
+            x_mask=mask("mlp_in", x.value),
             h_mask=mask("mlp_hidden", gate),
         )
 
-    def _jittered(self, x: Tensor, segment: Segment, batch: ForwardBatch) -> Tensor:
+    def _jittered(self, x: ops.Recomputable, segment: Segment, batch: ForwardBatch) -> ops.Recomputable:
         if not batch.training or self.jitter_noise_ == 0.0:
             return x
-        generator = generator_for(*batch.draw_key(segment, self.seed_, "jitter", self.layer_idx_))
-        noise = torch.empty(x.shape, dtype=x.dtype)
-        noise.uniform_(1 - self.jitter_noise_, 1 + self.jitter_noise_, generator=generator)
-        return x * noise.to(x.device)
+        key = batch.draw_key(segment, self.seed_, "jitter", self.layer_idx_)
+        wide = x.value.to(self.gate_.weight.dtype)
+        low, high = 1 - self.jitter_noise_, 1 + self.jitter_noise_
+        return ops.Recomputable(wide * uniform_noise(tuple(wide.shape), low, high, like=wide, key=key))
 
 
 def route(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from moe_peft.io.checkpoint import Checkpoint, check_shapes
 from moe_peft.io.gguf_model import open_gguf
 from moe_peft.io.hf_weights import open_hf_folder
-from moe_peft.io.placement import computes_natively, parse_device, parse_dtype
+from moe_peft.io.placement import native_dtype, parse_device, parse_dtype
 from moe_peft.io.source import resolve_source
 from moe_peft.model.llama import LlamaForCausalLM
 
@@ -27,8 +27,9 @@ def load_base_model(
 
     Args:
         source: a Hugging Face folder, a ``.gguf`` file, a Hub id, or ``smollm2-135m``.
-        dtype: a torch dtype or its name. ``auto``: the checkpoint's own where the device computes in it natively,
-            float32 otherwise; bfloat16 stands for the own dtype of a quantized GGUF file.
+        dtype: a torch dtype or its name. ``auto``: the checkpoint's own where the device computes in it natively;
+            else float16 for bfloat16 on a GPU, and float32 otherwise. bfloat16 stands for the own dtype of a quantized
+            GGUF file.
         device: a torch device or its name. ``auto``: the first CUDA GPU, else the CPU.
 
     Raises:
@@ -40,9 +41,7 @@ def load_base_model(
     path = resolve_source(source)
     opened: AbstractContextManager[Checkpoint] = open_hf_folder(path) if path.is_dir() else open_gguf(path)
     with opened as checkpoint:
-        target_dtype = wanted_dtype or checkpoint.dtype
-        if wanted_dtype is None and not computes_natively(target_dtype, target_device):
-            target_dtype = torch.float32
+        target_dtype = wanted_dtype or native_dtype(checkpoint.dtype, target_device)
         model = _empty_model(checkpoint)
         _fill(model, checkpoint, target_dtype, target_device)
     return model.eval()

@@ -78,6 +78,14 @@ def computes_natively(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
+def native_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype itself where the device has arithmetic for it; else float16 for bfloat16 on a GPU, else float32."""
+    if computes_natively(dtype, device):
+        return dtype
+    # A GPU from before bfloat16 is fast in float16 alone, and has seldom the memory for twice the bytes.
+    return torch.float16 if dtype == torch.bfloat16 and device.type == "cuda" else torch.float32
+
+
 def _cpu_has_bfloat16() -> bool:
     """Matrix instructions for bfloat16: AVX-512 BF16 or AMX on x86, the BF16 extension on ARM."""
     if hasattr(torch.cpu, "get_capabilities"):

@@ -3,8 +3,9 @@
 Letters: T tokens, B samples, H query heads, G key-value heads, L tokens of a sample, P tokens in its cache, d features.
 """
 
+import itertools
+
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -12,10 +13,15 @@ from moe_peft import ops
 from moe_peft.model.cache import KVCache
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], window: int | None) -> Tensor:
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: tuple[int, ...],
+    window: int | None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """Every token attends to itself and the earlier tokens of its own sample.
-
-    Neighbouring samples of equal length share one call: their tokens already lie as a rectangle.
 
     Args:
         q: ``[T, H, d]``.
@@ -23,20 +29,43 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...
         v: ``[T, G, d]``.
         boundaries: first token of every sample, then T.
         window: tokens a token may attend to, itself included; None: all.
+        cu_seqlens: the boundaries as int32 on q's device; a GPU would copy them once a layer without.
 
     Returns:
         ``[T, H, d]``.
     """
+    return ops.causal_attention(q, k, v, boundaries, window, cu_seqlens)
+
+
+def suffix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    asking: tuple[int, ...],
+    boundaries: tuple[int, ...],
+    window: int | None,
+) -> Tensor:
+    """As ``varlen_attention``, for the last tokens of every sample alone.
+
+    Args:
+        q: ``[T', H, d]``.
+        k: ``[T, G, d]``.
+        v: ``[T, G, d]``.
+        asking: first query of every sample, then T'.
+        boundaries: first token of every sample, then T.
+        window: as in ``varlen_attention``.
+
+    Returns:
+        ``[T', H, d]``.
+    """
     outputs = []
-    for start, end, length in _equal_length_runs(boundaries):
-        qs, ks, vs = (rearrange(x[start:end], "(b l) h d -> b h l d", l=length) for x in (q, k, v))
-        if window is not None and length > window:
-            mask = _causal_mask(length, 0, window, q.device)
-            mixed = scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, enable_gqa=True)
-        else:
-            mixed = ops.causal_attention(qs, ks, vs)
-        outputs.append(rearrange(mixed, "b h l d -> (b l) h d"))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    for (first, last), (start, end) in zip(itertools.pairwise(asking), itertools.pairwise(boundaries), strict=True):
+        num_queries = last - first
+        mask = _causal_mask(num_queries, end - start - num_queries, window, q.device)
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q[first:last], k[start:end], v[start:end]))
+        mixed = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+        outputs.append(mixed[0].transpose(0, 1))  # [L', H, d]
+    return torch.cat(outputs)
 
 
 def cached_attention(
@@ -80,18 +109,6 @@ def _decode_attention(q: Tensor, keys: Tensor, values: Tensor, past: list[int], 
         enable_gqa=True,
     )
     return mixed[:, :, 0]
-
-
-def _equal_length_runs(boundaries: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Token range and sample length of every run of neighbouring samples of one length."""
-    runs: list[tuple[int, int, int]] = []
-    for i in range(len(boundaries) - 1):
-        start, end = boundaries[i], boundaries[i + 1]
-        if runs and runs[-1][2] == end - start:
-            runs[-1] = (runs[-1][0], end, end - start)
-        else:
-            runs.append((start, end, end - start))
-    return runs
 
 
 def _causal_mask(length: int, past: int, window: int | None, device: torch.device) -> Tensor:

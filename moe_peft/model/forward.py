@@ -1,7 +1,10 @@
 """What every layer of one forward needs to know about the fused batch."""
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from moe_peft.model.batch import Segment
@@ -20,6 +23,10 @@ class ForwardBatch:
         sin: ``[T, 1, d]``.
         training: dropout and jitter are active.
         cache: keys and values of earlier tokens, when generating.
+        cu_seqlens: the boundaries as an int32 tensor on a GPU, else None.
+        recompute_around_attention: the layers keep attention alone for backward and compute the rest again.
+        whole: the batch of which these tokens are a part; None: they are all.
+        rows: LongTensor ``[T]``, where they stand in it.
     """
 
     segments: tuple[Segment, ...]
@@ -28,7 +35,46 @@ class ForwardBatch:
     sin: Tensor
     training: bool
     cache: KVCache | None = None
+    cu_seqlens: Tensor | None = None
+    recompute_around_attention: bool = False
+    whole: "ForwardBatch | None" = None
+    rows: Tensor | None = None
     _masks: dict[tuple[int, int, str], Tensor] = field(default_factory=dict, repr=False)
+
+    def narrowed(self, firsts: Sequence[int]) -> "ForwardBatch":
+        """The batch of the tokens from ``firsts[i]`` of sample i on; at least one of every sample.
+
+        Nothing is dropped where all are zero: then it is this batch itself.
+        """
+        if not any(firsts):
+            return self
+        starts = [edge + first for edge, first in zip(self.boundaries, firsts, strict=False)]
+        kept = list(zip(starts, self.boundaries[1:], strict=True))
+        rows = torch.cat([torch.arange(start, end) for start, end in kept]).to(self.cos.device)
+        edges = dict(
+            zip(self.boundaries, itertools.accumulate((end - start for start, end in kept), initial=0), strict=True)
+        )
+        return replace(
+            self,
+            segments=tuple(replace(part, start=edges[part.start], end=edges[part.end]) for part in self.segments),
+            boundaries=tuple(edges.values()),
+            cos=self.cos[rows],
+            sin=self.sin[rows],
+            cu_seqlens=None,
+            whole=self,
+            rows=rows,
+            _masks={},
+        )
+
+    def rows_within(self, segment: Segment) -> Tensor | None:
+        """Where a segment's tokens stand in the same segment of the whole batch; None when they are all."""
+        if self.whole is None or self.rows is None:
+            return None
+        return self.rows[segment.start : segment.end] - self._in_whole(segment).start
+
+    def _in_whole(self, segment: Segment) -> Segment:
+        assert self.whole is not None
+        return self.whole.segments[self.segments.index(segment)]
 
     def draw_key(self, segment: Segment, seed: int, *site: object) -> tuple[object, ...]:
         """The key of a random draw: nothing outside the adapter and its own progress enters it."""
@@ -47,8 +93,13 @@ class ForwardBatch:
         """
         if not self.training or p == 0.0:
             return None
-        site = (segment.start, layer_idx, input_name)
+        if self.whole is not None:  # a token's mask does not depend on which others are computed beside it
+            mask = self.whole.dropout_mask(self._in_whole(segment), seed, p, layer_idx, input_name, x)
+            return mask[self.rows_within(segment)] if mask is not None else None
+        site = (layer_idx, segment.start, input_name)
         if site not in self._masks:
+            for old in [other for other in self._masks if other[0] != layer_idx]:
+                del self._masks[old]  # a layer that is left keeps its own masks as long as its backward needs them
             shape = (segment.end - segment.start, x.shape[1])
             key = self.draw_key(segment, seed, "dropout", layer_idx, input_name)
             self._masks[site] = dropout_mask(shape, p, like=x, key=key)

@@ -3,7 +3,7 @@
 Letters: T tokens, I input features, O output features, R rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,14 +120,35 @@ class Linear(nn.Module):
         Returns:
             ``[T, O]``.
         """
-        ranges = []
-        for segment in batch.segments:
-            lora = self.loras_.get(segment.adapter_name) or self.loras_.get(segment.task)
-            if lora is None:
-                continue
-            mask = batch.dropout_mask(segment, lora.seed_, lora.dropout_, self.layer_idx_, self.input_name_, x)
-            ranges.append(ops.LoraRange(segment.start, segment.end, lora.lora_A, lora.lora_B, lora.scaling_, mask))
-        return ops.lora_linear(x, self.base_layer_.weight, self.base_layer_.bias, ranges)
+        (y,) = project(ops.Recomputable(x), (self,), batch)
+        return y
+
+
+def project(x: ops.Recomputable, layers: Sequence[Linear], batch: "ForwardBatch") -> list[Tensor]:
+    """Several layers that read one input, which they read together.
+
+    Args:
+        x: ``[T, I]``.
+        layers: of one ``input_name``.
+        batch: token ranges of the adapters.
+
+    Returns:
+        ``[T, O]`` of each layer.
+    """
+    ranges = []
+    for segment in batch.segments:
+        loras = [layer.loras_.get(segment.adapter_name) or layer.loras_.get(segment.task) for layer in layers]
+        one = next((lora for lora in loras if lora is not None), None)
+        if one is None:
+            continue
+        mask = batch.dropout_mask(
+            segment, one.seed_, one.dropout_, layers[0].layer_idx_, layers[0].input_name_, x.value
+        )
+        factors = tuple((lora.lora_A, lora.lora_B) if lora is not None else None for lora in loras)
+        scalings = tuple(lora.scaling_ if lora is not None else 0.0 for lora in loras)
+        ranges.append(ops.LoraRange(segment.start, segment.end, factors, scalings, mask))
+    base_layers = [layer.base_layer_ for layer in layers]
+    return ops.lora_linear(x, [base.weight for base in base_layers], [base.bias for base in base_layers], ranges)
 
 
 def frozen_linear(in_features: int, out_features: int, *, bias: bool) -> nn.Linear:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_peft.io.placement import computes_natively, parse_device, parse_dtype
+from moe_peft.io.placement import computes_natively, native_dtype, parse_device, parse_dtype
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,24 @@ def test_what_a_cpu_computes():
 def test_bfloat16_needs_the_processors_instructions(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert computes_natively(torch.bfloat16, torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "has_bfloat16", "expected"),
+    [
+        (torch.bfloat16, "cuda", True, torch.bfloat16),
+        (torch.bfloat16, "cuda", False, torch.float16),
+        (torch.float16, "cuda", False, torch.float16),
+        (torch.float32, "cuda", False, torch.float32),
+        (torch.bfloat16, "cpu", True, torch.bfloat16),
+        (torch.bfloat16, "cpu", False, torch.float32),
+        (torch.float16, "cpu", True, torch.float32),
+    ],
+)
+def test_the_nearest_dtype_that_a_device_computes_in(dtype, kind, has_bfloat16, expected, monkeypatch):
+    def of_gpu(including_emulation=True):
+        return has_bfloat16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", of_gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16}, raising=False)
+    assert native_dtype(dtype, torch.device(kind)) == expected

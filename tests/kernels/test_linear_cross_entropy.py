@@ -6,8 +6,13 @@ from builders import assert_close, assert_error_like
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
-from moe_peft.kernels.linear_cross_entropy.reference import CHUNK_ROWS
+from moe_peft.kernels.linear_cross_entropy.op import (
+    _linear_cross_entropy,
+    _linear_cross_entropy_backward,
+    linear_cross_entropy,
+)
+from moe_peft.kernels.products import matmul_t
+from moe_peft.kernels.linear_cross_entropy.reference import CHUNK_ROWS, linear_cross_entropy_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -127,16 +132,62 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("needs_gradient", [True, False])
-def test_the_logits_of_all_rows_never_exist(needs_gradient):
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_the_logits_of_all_rows_never_exist(with_gradient):
     n, d, v = 5 * CHUNK_ROWS + 7, 3, 1024
     hidden, weight, targets, _ = make(n, d, v, dtype=torch.float32)
-    hidden.requires_grad_(needs_gradient)
     with LargestTensor() as watch:
-        losses = linear_cross_entropy(hidden, weight, targets)
-        if needs_gradient:
-            losses.sum().backward()
+        linear_cross_entropy_forward(hidden, weight, targets, with_gradient)
     assert watch.largest == CHUNK_ROWS * v
     with LargestTensor() as watch:
         plain(hidden, weight, targets)
     assert watch.largest >= n * v  # the watch sees what it should
+
+
+def test_only_the_gradient_of_the_rows_is_saved():
+    hidden, weight, targets, _ = make(9, dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    assert [(x.shape, x.dtype) for x in kept] == [(hidden.shape, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_torch_accepts_the_operations(with_gradient):
+    hidden, weight, targets, upstream = make(5, dtype=torch.float32)
+    hidden.requires_grad_(with_gradient)
+    torch.library.opcheck(_linear_cross_entropy, (hidden, weight, targets, with_gradient))
+    torch.library.opcheck(_linear_cross_entropy_backward, (upstream.float(), hidden.detach()))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+def test_compiled_equals_eager():
+    case = make(9, dtype=torch.float32)
+
+    def doubled(hidden, weight, targets):
+        return 2 * linear_cross_entropy(hidden.tanh(), weight, targets)
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(both(compiled, *case), both(doubled, *case), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("change", [{"hidden": (5, 12)}, {"weight": (37, 12)}, {"targets": (4,)}])
+def test_shapes_that_do_not_fit_are_refused(change):
+    shapes = {"hidden": (5, 13), "weight": (37, 13), "targets": (5,), **change}
+    tensors = {
+        name: torch.zeros(shape, dtype=torch.long if name == "targets" else None) for name, shape in shapes.items()
+    }
+    with pytest.raises(ValueError, match=r"must be \[N, D\], \[V, D\] and \[N\]"):
+        linear_cross_entropy(**tensors)
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 1, 1), (5, 7, 3), (64, 33, 130)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_faster_product(rows, inner, columns, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    a, b = (torch.randn(n, inner, generator=generator).to(dtype) for n in (rows, columns))
+    for left, right in ((a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T)):
+        found = matmul_t(left, right)
+        assert found.dtype == dtype
+        assert_close(found, a.double() @ b.double().T, {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2))

@@ -6,9 +6,13 @@ import itertools
 import pytest
 import torch
 from builders import assert_close, assert_error_like
+from test_registration import opcheck, recorded
 
-from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn
+from moe_peft.kernels.mixlora_ffn.op import _mixlora_ffn, mixlora_ffn
 from moe_peft.kernels.mixlora_ffn.reference import ExpertFactors
+from moe_peft.kernels.recompute import Recomputable
+from moe_peft.kernels.rms_norm.op import rms_norm
+from moe_peft.kernels.swiglu.op import swiglu
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -69,6 +73,10 @@ def make(n=7, d=5, f=6, e=4, k=2, r=3, *, places=PLACES, masked=True, only=None,
     return Case(arguments, (normal(n, f), normal(n, d)))
 
 
+def ours(x, *args, **kwargs):
+    return mixlora_ffn(Recomputable(x), *args, **kwargs)
+
+
 def plain(x, p1, p3, gates, experts, *, gate, up, down, scaling, x_mask, h_mask):
     """One token and one choice at a time; the op's h and delta."""
 
@@ -113,15 +121,15 @@ def both(function, case):
 
 
 def assert_equal_sides(case, tolerance=1e-11):
-    ours, theirs = both(mixlora_ffn, case), both(plain, case)
-    assert ours.keys() == theirs.keys()
-    for name, actual in ours.items():
+    found, theirs = both(ours, case), both(plain, case)
+    assert found.keys() == theirs.keys()
+    for name, actual in found.items():
         expected = theirs[name]
         if name == "x" and actual is None:  # nothing reads x without experts on gate or up
             assert expected is None
             continue
         assert_close(actual, expected, tolerance, name)
-    return ours
+    return found
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -160,7 +168,7 @@ def test_gradcheck(places):
         given = dict(zip(leaves, values, strict=True))
         pairs = {place: ExpertFactors(given[f"{place}.lora_a"], given[f"{place}.lora_b"]) for place in places}
         plain_leaves = {name: given[name] for name in ("x", "p1", "p3", "gates")}
-        hidden, delta = mixlora_ffn(**{**fixed, **plain_leaves, **pairs})
+        hidden, delta = ours(**{**fixed, **plain_leaves, **pairs})
         return hidden if delta is None else (hidden, delta)
 
     assert torch.autograd.gradcheck(run, tuple(leaf.requires_grad_() for leaf in leaves.values()))
@@ -198,10 +206,10 @@ def test_large_activations(large):
 def test_error_is_at_most_the_loops_in_the_same_dtype(places, dtype, adapter_dtype):
     case = make(24, 48, 64, 4, 2, 8, places=places).to(dtype, adapter_dtype)
     truth = both(plain, case.to(torch.float64))
-    ours, theirs = both(mixlora_ffn, case), both(plain, case)
+    found, theirs = both(ours, case), both(plain, case)
     for name, expected in truth.items():
         if expected is not None:
-            assert_error_like(ours[name], theirs[name], expected, dtype, name)
+            assert_error_like(found[name], theirs[name], expected, dtype, name)
 
 
 @pytest.mark.parametrize("output", [0, 1])
@@ -211,14 +219,13 @@ def test_one_output_alone(output):
     zero = torch.zeros_like(case.upstream[1 - output])
     expected = both(plain, Case(case.arguments, (case.upstream[0], zero) if output == 0 else (zero, case.upstream[1])))
     down = case.arguments["down"]
-    leaves = {"x": case.arguments["x"], "p1": case.arguments["p1"], "gates": case.arguments["gates"]}
-    for leaf in (*leaves.values(), down.lora_a):
+    leaves = {name: case.arguments[name] for name in ("x", "p1", "p3", "gates")} | {"down.lora_a": down.lora_a}
+    leaves |= {f"{place}.lora_b": case.arguments[place].lora_b for place in ("gate", "up")}
+    for leaf in leaves.values():
         leaf.requires_grad_()
-    mixlora_ffn(**case.arguments)[output].backward(case.upstream[output])
+    ours(**case.arguments)[output].backward(case.upstream[output])
     for name, leaf in leaves.items():
         assert_close(leaf.grad, expected[name], 1e-11, name)
-    if output == 1:
-        assert_close(down.lora_a.grad, expected["down.lora_a"], 1e-11)
 
 
 def test_upstream_gradients_of_any_layout():
@@ -231,7 +238,7 @@ def test_the_arguments_are_left_alone():
     case = make()
     before = case.to(torch.float64)
     copies = {name: value.clone() for name, value in before.arguments.items() if isinstance(value, torch.Tensor)}
-    both(mixlora_ffn, case)
+    both(ours, case)
     for name, value in copies.items():
         assert torch.equal(case.arguments[name], value), name
 
@@ -245,6 +252,111 @@ def test_no_tensor_of_all_experts_features_is_kept():
         lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda t: t
     ):
         arguments = case.arguments | {"p1": case.arguments["p1"].requires_grad_()}
-        mixlora_ffn(**arguments)
+        ours(**arguments)
     assert sum(shape == (n, f) for shape in saved) <= 2
     assert max(torch.Size(shape).numel() for shape in saved) == n * f
+
+
+def recipes(dtype, n=7, d=5):
+    """What each recipe makes x from: the leaves, and a function of them."""
+    generator = torch.Generator().manual_seed(1)
+    one, other = (torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    weight = torch.randn(d, generator=generator, dtype=torch.float64).to(dtype)
+
+    def normed(x):
+        y, rstd = rms_norm(x, weight, 1e-6)
+        return Recomputable(y, "rms_norm", (x, rstd, weight))
+
+    return {
+        "rms_norm": ((one,), normed),
+        "swiglu": ((one, other), lambda gate, up: Recomputable(swiglu(gate, up), "swiglu", (gate, up))),
+    }
+
+
+@pytest.mark.parametrize("places", [PLACES, ("up",), ("down",)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", ["rms_norm", "swiglu"])
+def test_an_input_that_is_computed_again_has_the_same_gradients_to_the_bit(recipe, dtype, places):
+    sources, compute = recipes(dtype)[recipe]
+    case = make(places=places).to(dtype)
+
+    def run(keep):
+        leaves = [source.clone().requires_grad_() for source in sources]
+        found = both(lambda x, *args, **kwargs: mixlora_ffn(keep(compute(*leaves)), *args, **kwargs), case)
+        return found | {f"source {i}": leaf.grad for i, leaf in enumerate(leaves)}
+
+    again, kept = run(lambda x: x), run(lambda x: Recomputable(x.value))
+    assert again.keys() == kept.keys()
+    for name, wanted in kept.items():
+        assert torch.equal(again[name], wanted) if wanted is not None else again[name] is None, name
+
+
+@pytest.mark.parametrize("places", [PLACES, ("gate",), ("down",)])
+@pytest.mark.parametrize("recipe", ["", "rms_norm", "swiglu"])
+def test_what_is_computed_again_is_not_saved(recipe, places):
+    sources, compute = recipes(torch.float32)[recipe or "swiglu"]
+    x = compute(*(source.requires_grad_() for source in sources))
+    arguments = make(places=places).to(torch.float32).arguments | {"x": x if recipe else Recomputable(x.value)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        mixlora_ffn(**arguments)
+    found = {tensor.data_ptr() for tensor in saved}
+    read = places != ("down",)  # the down experts do not read x
+    assert (x.value.data_ptr() in found) == (read and recipe == "")
+    assert all((source.data_ptr() in found) == (read and recipe != "") for source in x.sources)
+
+
+def test_a_tensor_that_was_changed_behind_the_backward_is_found_out():
+    case = make()
+    hidden, _ = ours(**case.arguments | {"p1": case.arguments["p1"].requires_grad_()})
+    case.arguments["p3"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
+def test_x_that_needs_no_gradient():
+    """The experts are trained all the same."""
+    case = make()
+    expected = both(plain, case)
+    stacks = {place: case.arguments[place] for place in PLACES}
+    leaves = {
+        f"{place}.{name}": getattr(stack, name) for place, stack in stacks.items() for name in ("lora_a", "lora_b")
+    }
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    torch.autograd.backward(ours(**case.arguments), case.upstream)
+    assert case.arguments["x"].grad is None
+    for name, leaf in leaves.items():
+        assert_close(leaf.grad, expected[name], 1e-11, name)
+
+
+@pytest.mark.parametrize("places", [PLACES, ("gate", "up"), ("up",), ("down",)])
+@pytest.mark.parametrize("recipe", ["", "rms_norm"])
+def test_torch_accepts_the_registration(recipe, places, monkeypatch):
+    case = make(places=places, masked=recipe == "").to(torch.bfloat16, torch.float32)
+    (source,), compute = recipes(torch.bfloat16)["rms_norm"]
+    sources = compute(source).sources if recipe else ()
+    forward, backward = recorded(monkeypatch, _mixlora_ffn)
+
+    def run(x, *args, **kwargs):
+        return mixlora_ffn(Recomputable(x, recipe, sources), *args, **kwargs)
+
+    both(run, case)
+    opcheck(_mixlora_ffn, forward[0], backward[0])
+
+
+@pytest.mark.parametrize("places", [PLACES, ("up",), ("down",)])
+def test_compiled_equals_eager(places):
+    case = make(places=places).to(torch.float32)
+
+    def around(x, p1, *args, **kwargs):
+        up = x + 1
+        return mixlora_ffn(Recomputable(swiglu(x, up), "swiglu", (x, up)), p1 * 2, *args, **kwargs)
+
+    compiled, eager = both(torch.compile(around, fullgraph=True, backend="aot_eager"), case), both(around, case)
+    assert compiled.keys() == eager.keys()
+    for name, expected in eager.items():
+        if name == "x" and "gate" not in places and "up" not in places:
+            assert not any(found is not None and found.any() for found in (compiled[name], expected))
+        else:
+            assert torch.equal(compiled[name], expected), name
