@@ -100,6 +100,13 @@ class TrainConfig:
     max_batch_tokens: int = field(
         default=4096, metadata={"help": "tokens of one fused forward, at most; adapters share it"}
     )
+    activation_checkpointing: Literal["none", "full", "selective"] = field(
+        default="none",
+        metadata={
+            "help": "what the backward computes again rather than keeps in memory: none; full, whole decoder layers; "
+            "selective, all of them but attention"
+        },
+    )
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads; null: torch's choice"})
     answer_examples: int = field(
         default=2, metadata={"help": "held-out prompts that base and adapter answer at the end, per adapter"}

@@ -12,6 +12,7 @@ from moe_peft.data.dispatcher import MicroBatch, StepPlan
 from moe_peft.data.samples import SampleSet
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.fused_step import Outcome
+from moe_peft.training.loss_scale import LossScale
 from moe_peft.training.metrics import EvalMetrics, StepMetrics
 from moe_peft.training.optimizer import build_optimizer, learning_rate
 
@@ -34,6 +35,7 @@ class AdapterRun:
         plan: what it learns from at each step.
         train_set: its training samples.
         eval_set: its held-out samples, if it has any.
+        loss_scale: of its gradients; None where the base model's dtype needs none.
     """
 
     job: AdapterJob
@@ -41,6 +43,7 @@ class AdapterRun:
     plan: StepPlan
     train_set: SampleSet
     eval_set: SampleSet | None
+    loss_scale: LossScale | None = None
     steps_taken: int = 0
     failure: str | None = None
     evals: list[EvalMetrics] = field(default_factory=list)
@@ -54,6 +57,7 @@ class AdapterRun:
         self.optimizer = build_optimizer(self.model, self.job)
         # The last weights known to be good: a step that ruins them shows in the next loss, when they are gone.
         self._good_weights = [weight.detach().clone() for weight in self.parameters]
+        self._good_step = 0
 
     @property
     def is_active(self) -> bool:
@@ -83,21 +87,34 @@ class AdapterRun:
             self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
         return True
 
-    def step(self, micro_batch: MicroBatch) -> StepMetrics | None:
-        """Clip, step and clear after the last micro-batch of a step; None when the gradient is not finite."""
-        grads = [weight.grad for weight in self.parameters if weight.grad is not None]
-        grad_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
-        if not math.isfinite(grad_norm):
-            self._fail(f"gradient norm {grad_norm} must be finite")
-            return None
-        if self.job.max_grad_norm is not None and grad_norm > self.job.max_grad_norm:
-            torch._foreach_mul_(grads, self.job.max_grad_norm / grad_norm)
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the step's gradient, still on the device."""
+        grads = self._gradients()
+        return torch.nn.utils.get_total_norm(grads) if grads else self.parameters[0].new_zeros(())
+
+    def step(self, micro_batch: MicroBatch, grad_norm: float | None = None) -> StepMetrics | None:
+        """Clip, step and clear after the last micro-batch of a step.
+
+        A step whose gradient overflowed under a loss scale is left out. It counts all the same: data and schedule go
+        on, weights and optimizer state stay.
+
+        Args:
+            micro_batch: the last one.
+            grad_norm: what ``gradient_norm`` gave, where it has been fetched already.
+
+        Returns:
+            The step's row; None when the adapter failed.
+        """
+        if grad_norm is None:
+            grad_norm = float(self.gradient_norm())
         rate = learning_rate(self.job, micro_batch.step, self.plan.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # They have just given a finite loss and gradient.
-        torch._foreach_copy_(self._good_weights, [weight.detach() for weight in self.parameters])
-        self.optimizer.step()
+        scale = self.loss_scale.value if self.loss_scale is not None else None
+        if math.isfinite(grad_norm):
+            self._update_weights(grad_norm, rate)
+        elif self.loss_scale is None or not self.loss_scale.back_off():
+            where = "" if scale is None else f" at loss_scale={scale:g}, the smallest,"
+            self._fail(f"gradient norm {grad_norm}{where} must be finite")
+            return None
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
         now = time.perf_counter()
@@ -114,11 +131,28 @@ class AdapterRun:
             aux_loss=sums.aux_loss,
             lr=rate,
             grad_norm=grad_norm,
+            loss_scale=scale,
+            skipped_steps=self.loss_scale.num_skipped if self.loss_scale is not None else None,
             num_supervised_tokens=micro_batch.step_supervised,
             num_tokens=micro_batch.step_tokens,
             seconds=seconds,
             tokens_per_second=micro_batch.step_supervised / max(seconds, 1e-9),
         )
+
+    def _gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self.parameters if weight.grad is not None]
+
+    def _update_weights(self, grad_norm: float, rate: float) -> None:
+        if self.job.max_grad_norm is not None and grad_norm > self.job.max_grad_norm:
+            torch._foreach_mul_(self._gradients(), self.job.max_grad_norm / grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # They have just given a finite loss and gradient.
+        torch._foreach_copy_(self._good_weights, [weight.detach() for weight in self.parameters])
+        self._good_step = self.steps_taken
+        self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.grow()
 
     def start_clock(self) -> None:
         """A forward begins: a step's time runs from its first forward, or from the end of the step before."""
@@ -145,5 +179,6 @@ class AdapterRun:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _fail(self, what: str) -> None:
-        kept = max(self.steps_taken - 1, 0)
-        self.failure = f"{what} (after optimizer step {self.steps_taken}; the weights of step {kept} are kept)"
+        self.failure = (
+            f"{what} (after optimizer step {self.steps_taken}; the weights of step {self._good_step} are kept)"
+        )

@@ -19,7 +19,9 @@ class StepMetrics:
         loss: mean negative log-likelihood over the step's supervised tokens, in nats.
         aux_loss: the router losses, already multiplied by their coefficients; 0 where there are none.
         lr: the learning rate this step was taken with.
-        grad_norm: 2-norm of the adapter's gradient before clipping.
+        grad_norm: 2-norm of the adapter's gradient before clipping; not finite where the step was skipped.
+        loss_scale: what the loss was multiplied by before the backward; None where the base needs no such factor.
+        skipped_steps: steps up to this one that were skipped because their gradient overflowed; None likewise.
         num_supervised_tokens: tokens of the step that carry a loss.
         num_tokens: all tokens of the step, prompts included.
         seconds: wall-clock time of the step.
@@ -38,6 +40,8 @@ class StepMetrics:
     num_tokens: int
     seconds: float
     tokens_per_second: float
+    loss_scale: float | None = None
+    skipped_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +80,11 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics | EvalMetrics) -> None:
-        """Append one row; NaN and infinities become null, which is what JSON has for them."""
+        """Append one row: NaN and infinities become null, which is what JSON has for them; None is left out."""
         row: dict[str, object] = {"event": EVENTS[type(metrics)]}
         for key, value in dataclasses.asdict(metrics).items():
-            row[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+            if value is not None:
+                row[key] = None if isinstance(value, float) and not math.isfinite(value) else value
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -54,6 +54,7 @@ class AdapterResult:
     Args:
         status: ``done``, or what ended it.
         num_steps: optimizer steps taken.
+        skipped_steps: those of them that were skipped because their gradient overflowed float16.
         seconds: wall-clock time from its first step to its last.
         eval_loss_before: held-out loss before the first step; None without held-out data.
         eval_loss_after: held-out loss of the saved weights; None without held-out data.
@@ -67,6 +68,7 @@ class AdapterResult:
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
     saved_to: Path | None = None
+    skipped_steps: int = 0
     examples: tuple[AnswerExample, ...] = ()
 
 
@@ -121,9 +123,10 @@ def _losses_table(results: Sequence[AdapterResult]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
+    has_skipped = any(result.skipped_steps for result in results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Held-out loss", title_justify="left")
     table.add_column("adapter", style="bold", overflow="fold")
-    for heading in ("before", "after", "change", "steps", "time"):
+    for heading in ("before", "after", "change", "steps", *["skipped"] * has_skipped, "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status", overflow="fold")
     for result in results:
@@ -135,6 +138,7 @@ def _losses_table(results: Sequence[AdapterResult]) -> "Table":
             "–" if after is None else f"{after:.3f}",
             Text(format_change(before, after), style="green" if is_better else ""),
             f"{result.num_steps:,}",
+            *[f"{result.skipped_steps:,}"] * has_skipped,
             format_seconds(result.seconds),
             Text(result.status, style="green" if result.status == "done" else "red"),
         )

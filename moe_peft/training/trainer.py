@@ -18,6 +18,7 @@ from moe_peft.training.errors import TrainingError
 from moe_peft.training.evaluation import evaluate
 from moe_peft.training.fused_step import run_fused
 from moe_peft.training.interrupt import InterruptGuard
+from moe_peft.training.loss_scale import LossScale
 from moe_peft.training.metrics import EvalMetrics, MetricsWriter
 from moe_peft.training.progress import Progress
 from moe_peft.training.run_folder import RunFolder, check_output_dir
@@ -73,6 +74,9 @@ class Trainer:
         sets = {job.name: self._read_samples(job) for job in config.adapters}
         self._say(f"Loading the base model {config.base_model}")
         self.model = load_base_model(config.base_model, dtype=config.dtype, device=config.device)
+        self.model.activation_checkpointing_ = config.activation_checkpointing
+        if self.model.dtype == torch.float16 and self.model.device.type == "cpu":
+            self._say("Warning: CPUs multiply float16 matrices very slowly; dtype bfloat16 or float32 is far faster")
         self._check_fit(sets)
         self.runs = {job.name: self._new_run(job, *sets[job.name]) for job in config.adapters}
         self.dispatcher = Dispatcher({name: run.plan for name, run in self.runs.items()}, config.max_batch_tokens)
@@ -90,8 +94,6 @@ class Trainer:
 
     def _check_fit(self, sets: dict[str, tuple[SampleSet, SampleSet | None]]) -> None:
         shape = self.model.config_
-        if self.model.dtype == torch.float16:
-            raise ValueError("dtype='float16' must be bfloat16 or float32 for training: gradients would underflow")
         for name, pair in sets.items():
             for sample_set in filter(None, pair):
                 longest = max(len(sample.input_ids) for sample in sample_set.samples)
@@ -127,7 +129,8 @@ class Trainer:
             raise ValueError(
                 f"adapter {job.name!r}: warmup_steps={job.warmup_steps} must be below its {plan.num_steps} steps"
             )
-        return AdapterRun(job, self.model, plan, train_set, eval_set)
+        loss_scale = LossScale() if self.model.dtype == torch.float16 else None
+        return AdapterRun(job, self.model, plan, train_set, eval_set, loss_scale)
 
     def train(self) -> TrainResult:
         """Run to the end, saving every adapter as it finishes.
@@ -254,12 +257,18 @@ class Trainer:
         for run in runs:
             run.start_clock()
         parameters = {run.job.name: run.parameters for run in runs}
-        stepped = []
-        for outcome in run_fused(self.model, micro_batches, parameters, progress.message):
+        scales = {run.job.name: run.loss_scale.value for run in runs if run.loss_scale is not None}
+        ready = []
+        for outcome in run_fused(self.model, micro_batches, parameters, progress.message, scales):
             run = self.runs[outcome.micro_batch.adapter]
-            if run.failure is not None or not run.take_in(outcome) or not outcome.micro_batch.is_last:
-                continue
-            row = run.step(outcome.micro_batch)
+            if run.failure is None and run.take_in(outcome) and outcome.micro_batch.is_last:
+                ready.append((run, outcome.micro_batch))
+        if not ready:
+            return []
+        norms = torch.stack([run.gradient_norm() for run, _ in ready]).tolist()  # one transfer from a GPU
+        stepped = []
+        for (run, micro_batch), norm in zip(ready, norms, strict=True):
+            row = run.step(micro_batch, norm)
             if row is not None:
                 metrics.write(row)
                 progress.step(row)
@@ -298,6 +307,7 @@ class Trainer:
                 name=name,
                 status=run.status,
                 num_steps=run.steps_taken,
+                skipped_steps=run.loss_scale.num_skipped if run.loss_scale is not None else 0,
                 seconds=run.seconds,
                 eval_loss_before=run.evals[0].eval_loss if run.evals else None,
                 # A failed adapter has gone back to weights that no evaluation has seen.

@@ -131,6 +131,12 @@ def test_what_an_adapter_must_not_be(keys: dict[str, Any], message: str) -> None
             {"dtype": "flaot32"},
             "dtype='flaot32' must be one of auto, float32, bfloat16, float16, float64; did you mean",
         ),
+        (
+            {"activation_checkpointing": "selectiv"},
+            "activation_checkpointing='selectiv' must be one of none, full, selective; did you mean 'selective'?",
+        ),
+        ({"activation_checkpointing": None}, "activation_checkpointing=None must be one of none, full, selective"),
+        ({"activation_checkpointing": True}, "activation_checkpointing=True must be one of none, full, selective"),
         ({"device": "gpu"}, "device='gpu' must be auto, cpu, cuda, cuda:N or mps"),
         ({"device": "cuda:x"}, "device='cuda:x' must be auto, cpu, cuda, cuda:N or mps"),
         ({"output_dir": ""}, "output_dir='' must not be empty; null picks a free name"),
@@ -230,8 +236,8 @@ def test_files_overrides_and_errors_with_the_files_name(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"base_model": "base", "adapters": [LORA, MIXLORA]}))
     overrides = ["seed=3", "adapters.*.lr=1e-3", "adapters.qa.num_experts=4", "defaults.batch_size=2", "device=cuda:1"]
-    config = TrainConfig.from_file(path, overrides)
-    assert (config.seed, config.device) == (3, "cuda:1")
+    config = TrainConfig.from_file(path, [*overrides, "activation_checkpointing=none"])
+    assert (config.seed, config.device, config.activation_checkpointing) == (3, "cuda:1", "none")
     assert [(job.lr, job.batch_size) for job in config.adapters] == [(1e-3, 2), (1e-3, 2)]
     assert config.adapters[1].adapter == MixLoraConfig(num_experts=4)
     with pytest.raises(ValueError) as caught:
@@ -286,6 +292,7 @@ def entries(draw: st.DrawFn) -> dict[str, Any]:
         optional={
             "output_dir": st.none() | st.text(min_size=1),
             "dtype": st.sampled_from(["auto", "bfloat16"]),
+            "activation_checkpointing": st.sampled_from(["none", "full", "selective"]),
             "seed": st.integers(0, 2**63 - 1),
             "num_threads": st.none() | st.integers(1, 8),
         },

@@ -58,6 +58,16 @@ def test_non_finite_numbers_become_null(tmp_path, bad):
     assert row["loss"] is None and row["grad_norm"] == 1.5
 
 
+def test_what_a_run_has_not_is_not_in_its_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(make_step())
+        writer.write(make_step(loss_scale=65536.0, skipped_steps=0))
+    without, with_scale = read_metrics(path)
+    assert with_scale == {**without, "loss_scale": 65536.0, "skipped_steps": 0}
+    assert not {"loss_scale", "skipped_steps"} & without.keys()
+
+
 def test_appends_behind_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:

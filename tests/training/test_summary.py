@@ -88,6 +88,16 @@ def test_closing_report():
     assert "\x1b" not in text
 
 
+def test_skipped_steps_get_a_column_when_there_are_any():
+    fields = {"status": "done", "num_steps": 60, "seconds": 125.0}
+    calm = AdapterResult(name="calm", **fields)
+    assert "skipped" not in plain_text(closing_report([calm]))
+    text = plain_text(closing_report([calm, AdapterResult(name="qa", skipped_steps=3, **fields)]))
+    assert cells(text, "adapter")[-4:] == ["steps", "skipped", "time", "status"]
+    assert cells(text, "calm")[-4:] == ["60", "0", "2:05", "done"]
+    assert cells(text, "qa")[-4:] == ["60", "3", "2:05", "done"]
+
+
 def test_an_empty_answer_is_shown_as_such():
     example = AnswerExample(prompt="p", expected="e", base_answer=" \n", adapter_answer="")
     result = AdapterResult(name="qa", status="done", num_steps=1, seconds=1.0, examples=(example,))

@@ -145,7 +145,7 @@ def test_records_of_every_kind_train(base: Path, tmp_path: Path) -> None:
     assert decode(learnt, skip_special_tokens=False) == "3</s>3!</s>"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @quiet
 def test_the_base_may_be_of_any_dtype_and_adapters_are_float32_at_least(
     dtype: str, base: Path, data: str, held_out: str, tmp_path: Path
@@ -175,10 +175,30 @@ def test_the_base_may_be_of_any_dtype_and_adapters_are_float32_at_least(
             assert torch.equal(weight, frozen[name]), f"{name} is frozen"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_precision_base_on_a_cpu_gets_a_warning(dtype: str, base: Path, data: str, tmp_path: Path) -> None:
+    trainer = new_trainer(run_config(base, tmp_path / "run", adapter_entry("qa", data), dtype=dtype))
+    warning = "Warning: CPUs multiply float16 matrices very slowly"
+    assert (warning in trainer.console.file.getvalue()) is (dtype == "float16")
+
+
+@pytest.mark.parametrize("setting", ["none", "full", "selective"])
 @quiet
-def test_a_half_precision_base_is_refused(base: Path, data: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dtype='float16' must be bfloat16 or float32 for training"):
-        new_trainer(run_config(base, tmp_path / "run", adapter_entry("qa", data), dtype="float16"))
+def test_activation_checkpointing_changes_no_bit(setting: str, base: Path, data: str, tmp_path: Path) -> None:
+    entries = [
+        adapter_entry("qa", data, lora_dropout=0.2),
+        adapter_entry("mix", data, method="mixlora", num_experts=3, lora_dropout=0.2, router_jitter_noise=0.2),
+    ]
+    results = {}
+    for name, changes in (("kept", {}), ("again", {"activation_checkpointing": setting})):
+        trainer = new_trainer(run_config(base, tmp_path / name, *entries, **changes))
+        assert trainer.model.activation_checkpointing_ == changes.get("activation_checkpointing", "none")
+        trainer.train()
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        clockless = [{key: row[key] for key in row if key not in ("seconds", "tokens_per_second")} for row in rows]
+        files = [tmp_path / name / "adapters" / adapter / "adapter_model.safetensors" for adapter in trainer.runs]
+        results[name] = clockless, [file.read_bytes() for file in files]
+    assert results["again"] == results["kept"]
 
 
 def test_a_warmup_longer_than_the_training_is_refused(base: Path, data: str, tmp_path: Path) -> None:
