@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         "trained_tokens": sum(row["num_tokens"] for row in steps),
         "steps": len(steps),
         "held_out_loss": {name: [round(losses[0], 4), round(losses[-1], 4)] for name, losses in evals.items()},
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, 2),
     }
     print(json.dumps(measured, indent=2))
     print(f"row appended to {append_row('default_run', measured, folder=options.results)}")

@@ -13,13 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def append_row(name: str, measured: dict[str, Any], *, folder: Path = RESULTS) -> Path:
+def append_row(
+    name: str, measured: dict[str, Any], *, folder: Path = RESULTS, device: torch.device | str | None = None
+) -> Path:
     """Append a row to ``{name}.jsonl``.
 
     Args:
         name: of the benchmark.
-        measured: its settings and figures.
+        measured: its settings and figures. ``case`` tells its rows apart: of the rows of one case, the last counts.
         folder: where the file lies.
+        device: it was measured on; None: the GPU where there is one.
 
     Returns:
         The file.
@@ -27,20 +30,31 @@ def append_row(name: str, measured: dict[str, Any], *, folder: Path = RESULTS) -
     path = folder / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**environment(), **measured}) + "\n")
+        file.write(json.dumps({**environment(device), **measured}) + "\n")
     return path
 
 
-def environment() -> dict[str, Any]:
+def read_rows(folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """The newest row of every case on every device, of every benchmark in a folder."""
+    newest = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        newest[path.stem] = list({(row["device"], row.get("case")): row for row in rows}.values())
+    return newest
+
+
+def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     """Commit, device, threads and versions."""
+    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    packages = ("numpy", "triton") if on_gpu else ("numpy",)
     return {
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "numpy": metadata.version("numpy"),
+            **{package: metadata.version(package) for package in packages},
         },
     }
 

@@ -1,0 +1,200 @@
+"""Tables for the README and pictures for the docs, made from the rows of results.
+
+    python benchmarks/report.py                    README.md between its two markers, and docs/benchmarks-*.png
+    python benchmarks/report.py --print            the tables alone, to standard output
+
+Of the rows of one case the newest counts. The markers are the lines {begin} and {end}.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import RESULTS, ROOT, read_rows
+from timing import Spread, readable
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+# Okabe and Ito's blue and grey, told apart by nearly all eyes.
+_BLUE, _GREY = "#0072B2", "#999999"
+_DPI = 130
+
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the tables and draw the pictures."""
+    about = (__doc__ or "").format(begin=BEGIN, end=END)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="folder for them")
+    parser.add_argument("--print", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    rows = read_rows(options.results)
+    text = tables(rows)
+    if options.print:
+        print(text)
+        return
+    replace_between_markers(options.readme, text)
+    for path in draw(rows, options.pictures):
+        print(f"drawn: {path}")
+    for name in rows:
+        if name not in TABLES:
+            print(f"no table is made of {name}.jsonl")
+
+
+def replace_between_markers(path: Path, text: str) -> None:
+    """Put text between a file's markers.
+
+    Raises:
+        ValueError: when it does not have one of each, in their order.
+    """
+    old = path.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"{path} must have the line {BEGIN} and, after it, the line {END}, once each")
+    before, rest = old.split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def tables(rows: Mapping[str, Sequence[Row]]) -> str:
+    """All tables in Markdown, one a benchmark and device."""
+    parts = []
+    for name, make in TABLES.items():
+        for device, group in by_device(rows.get(name, ())).items():
+            commits = ", ".join(sorted({row["commit"] for row in group}))
+            source = f"[rows](benchmarks/results/{name}.jsonl) of {commits}"
+            parts.append(f"{device}; {source}:\n\n{make(group)}")
+    return "\n\n".join(parts)
+
+
+def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows in groups that may be compared, by a description of the machine."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        machine = f"{row['device']}, {row['threads']} threads, torch {row['versions']['torch']}"
+        groups.setdefault(machine, []).append(row)
+    return groups
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    cells = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _times(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f}x ({spread['p20']:.2f} to {spread['p80']:.2f})"
+
+
+def _memory(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} GB"
+
+
+def peers_table(rows: Sequence[Row]) -> str:
+    """Ours beside others."""
+    lines = []
+    for row in rows:
+        ours, theirs = row["ours"], row["theirs"]
+        lines.append(
+            [
+                row["case"],
+                f"{readable(ours['tokens_per_second']['median'])} ({row['dtype']})",
+                f"{readable(theirs['tokens_per_second']['median'])} ({row['mode']})",
+                _times(row["ratio"]),
+                f"{_memory(ours['peak_memory_gb'])}, {_memory(theirs['peak_memory_gb'])}",
+            ]
+        )
+    return markdown(["beside others", "our tokens/s", "their tokens/s", "faster by", "memory: ours, theirs"], lines)
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """Our steps beside the machine's limit."""
+    lines = []
+    for row in rows:
+        ratio = "" if row["ratio_to"] == row["variant"] else f"{_times(row['ratio'])} {row['ratio_to']}"
+        limit = f"{row['gemm_share']['median']:.0%}" + (f", MFU {row['mfu']['median']:.0%}" if "mfu" in row else "")
+        speed = readable(row["tokens_per_second"]["median"])
+        lines.append([row["case"], speed, ratio, limit, _memory(row["peak_memory_gb"])])
+    return markdown(["one step", "tokens/s", "time", "GEMMs alone / step", "peak memory"], lines)
+
+
+def default_run_table(rows: Sequence[Row]) -> str:
+    """The run without a config."""
+    lines = [
+        [
+            " ".join(["python -m moe_peft.train", *row["overrides"]]),
+            f"{row['seconds']:.0f} s",
+            ", ".join(f"{name} {before} to {after}" for name, (before, after) in row["held_out_loss"].items()),
+            _memory(row["peak_memory_gb"]),
+        ]
+        for row in rows
+    ]
+    return markdown(["a whole run", "time", "held-out losses", "peak memory"], lines)
+
+
+# What the README shows, in this order.
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "peers": peers_table,
+    "step": step_table,
+    "default_run": default_run_table,
+}
+
+
+def draw(rows: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
+    """A picture of the peers' ratios and one of our steps, each with a panel a machine.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, panel in (("peers", _ratio_panel), ("step", _step_panel)):
+        groups = by_device(rows.get(name, ()))
+        if groups:
+            path = folder / f"benchmarks-{name}.png"
+            _save_panels(groups, panel, path)
+            drawn.append(path)
+    return drawn
+
+
+def _save_panels(groups: Mapping[str, list[Row]], panel: Callable[[Any, list[Row]], None], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [len(group) for group in groups.values()]
+    figure = Figure(figsize=(9, 0.9 * len(groups) + 0.5 * sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (device, group) in zip(panels, groups.items(), strict=True):
+        axes.set_title(device, fontsize=9, loc="left")
+        axes.set_yticks(range(len(group)), [row["case"] for row in group], fontsize=7)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        panel(axes, group)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _ratio_panel(axes: Any, rows: list[Row]) -> None:
+    ratios = [Spread(**row["ratio"]) for row in rows]
+    medians = [ratio.median for ratio in ratios]
+    below = [ratio.median - ratio.p20 for ratio in ratios]
+    above = [ratio.p80 - ratio.median for ratio in ratios]
+    axes.barh(range(len(rows)), medians, xerr=[below, above], color=_BLUE, ecolor=_GREY, height=0.6)
+    axes.axvline(1.0, color=_GREY, linewidth=1)
+    axes.set_xlabel("times as fast as the other, median and 20% to 80%", fontsize=8)
+
+
+def _step_panel(axes: Any, rows: list[Row]) -> None:
+    speeds = [row["tokens_per_second"]["median"] for row in rows]
+    limits = [speed / row["gemm_share"]["median"] for speed, row in zip(speeds, rows, strict=True)]
+    axes.barh(range(len(rows)), limits, color=_GREY, height=0.6, alpha=0.4, label="necessary GEMMs alone")
+    axes.barh(range(len(rows)), speeds, color=_BLUE, height=0.6, label="the step")
+    axes.set_xlabel("tokens per second", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
