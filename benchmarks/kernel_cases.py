@@ -52,8 +52,8 @@ def rms_norm_case(sizes: Sizes) -> Case:
         differentiated=["x"],
         read_again=["x", "weight"],
         flops=(0, 0),
-        ours=lambda inputs: rms_norm(*inputs.values(), _EPS)[0],
-        naive=lambda inputs: naive.rms_norm(*inputs.values(), _EPS),
+        ours=lambda inputs: rms_norm(inputs["x"], inputs["weight"], _EPS)[0],
+        naive=lambda inputs: naive.rms_norm(inputs["x"], inputs["weight"], _EPS),
         reference=reference,
     )
 
@@ -299,8 +299,8 @@ def causal_attention_case(sizes: Sizes) -> Case:
         differentiated=["q", "k", "v"],
         read_again=["q", "k", "v"],
         flops=(flops, 2 * flops),
-        ours=lambda inputs: causal_attention(*inputs.values(), boundaries, None, cu_seqlens),
-        naive=lambda inputs: naive.causal_attention(*inputs.values(), boundaries),
+        ours=lambda inputs: causal_attention(inputs["q"], inputs["k"], inputs["v"], boundaries, None, cu_seqlens),
+        naive=lambda inputs: naive.causal_attention(inputs["q"], inputs["k"], inputs["v"], boundaries),
         reference=reference,
     )
 

@@ -17,8 +17,8 @@ Of an operation that is wrong no speed is reported, and the exit code is 1.
 
 The limit is the machine's own: a big copy for bytes, a big matrix product in the dtype for FLOPs, measured first. What
 an operation needs at least is every input and result passing through memory once, and its products; whichever of the
-two takes longer at the machine's limit bounds it, and share is that time over ours. It says nothing where all of an
-operation's tensors fit into a cache, or its time is the launch.
+two takes longer at the machine's limit bounds it, and share is that time over ours. A share above
+1 means that the machine was busy while its limit was measured: measure again.
 """
 
 import argparse
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
+    if options.device.index is not None:
+        torch.cuda.set_device(options.device)
     reuse_freed_memory()
     wrong = []
     for sizes in options.sizes:
@@ -178,28 +180,30 @@ def measure(
     device = options.device
     flush = torch.empty(options.flush_mb << 20, dtype=torch.uint8, device=device) if options.flush_mb else None
     given = {PASSES[0]: None, PASSES[1]: upstream}
-    runs = {(label, which): partial(way, given[which]) for label, way in ways.items() for which in PASSES}
-    actions = {key: partial(_turn, run, device, flush) for key, run in runs.items()}
+    runs = {f"{label} {which}": partial(way, given[which]) for label, way in ways.items() for which in PASSES}
+    actions = {name: partial(_turn, run, device, flush) for name, run in runs.items()}
     taken = take_turns(actions, rounds=options.repeats, warmup=options.warmup)
     bytes_forward, bytes_backward = case.bytes_needed(upstream)
     flops_forward, flops_backward = case.flops
     needed = (bytes_forward, flops_forward), (bytes_forward + bytes_backward, flops_forward + flops_backward)
     figures = {}
     for which, (num_bytes, flops) in zip(PASSES, needed, strict=True):
-        ours = taken["ours", which]
+        ours = taken[f"ours {which}"]
         seconds = Spread.of(ours).median
         by_bytes = num_bytes / 1e9 / limits["limit_gb_per_second"]
         by_flops = flops / 1e9 / limits["limit_gflops"]
         figures[which] = {
-            "ms": {label: Spread.of([1e3 * t for t in taken[label, which]]).row() for label in ways},
-            "over_ours": {label: paired_ratio(taken[label, which], ours).row() for label in ways if label != "ours"},
+            "ms": {label: Spread.of([1e3 * t for t in taken[f"{label} {which}"]]).row() for label in ways},
+            "over_ours": {
+                label: paired_ratio(taken[f"{label} {which}"], ours).row() for label in ways if label != "ours"
+            },
             "bytes": num_bytes,
             "flops": flops,
             "gb_per_second": _digits(num_bytes / 1e9 / seconds),
             "gflops": _digits(flops / 1e9 / seconds),
             "bound": "bytes" if by_bytes > by_flops else "flops",
             "share": _digits(max(by_bytes, by_flops) / seconds),
-            "peak_mb": {label: peak_mb(runs[label, which], device) for label in ways},
+            "peak_mb": {label: peak_mb(runs[f"{label} {which}"], device) for label in ways},
         }
     return figures
 

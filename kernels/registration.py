@@ -5,6 +5,8 @@ autograd function in eager mode, which calls the implementations themselves, and
 look into while one is tracing: on both ways the same implementations, saved tensors and gradients.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +16,19 @@ import torch
 from torch import Tensor
 
 Gradients = Sequence[Tensor | None]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether a Triton kernel takes this tensor's operation, or its reference does.
+
+    Kernels accumulate in float32, which would waste float64; and not every platform with a GPU has Triton.
+    """
+    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
 
 
 class Operator:
@@ -77,7 +92,8 @@ class Differentiable:
             tensors = _flat(flat[: self.num_differentiated])
             if any(tensor.requires_grad for tensor in tensors):
                 return _Eager.apply(self, arguments, flat, *tensors)
-        return self.run(*arguments)
+        with torch.no_grad():  # an argument that is not differentiated may require a gradient all the same
+            return self.run(*arguments)
 
     def _flattened(self, arguments: Sequence[Any]) -> Sequence[Any]:
         return arguments if self._flatten is None else self._flatten(*arguments)

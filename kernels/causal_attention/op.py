@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registration import Differentiable, Operator
 from . import reference
 from .flash import flash_backward, flash_forward, flash_takes
 
+_SETTINGS = "Tensor? cu_seqlens, SymInt[] boundaries, SymInt? window, bool deterministic"
 
-@torch.library.custom_op("moe_peft::causal_attention", mutates_args=())
-def _causal_attention(
+
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -20,13 +22,18 @@ def _causal_attention(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum-exp of flash attention's scores (empty where the products ran)."""
     if flash_takes(q):
         return flash_forward(q, k, v, cu_seqlens, boundaries, window)
     return reference.causal_attention_forward(q, k, v, boundaries, window), q.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("moe_peft::causal_attention_backward", mutates_args=())
-def _causal_attention_backward(
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    log_z = (q.shape[1], q.shape[0]) if flash_takes(q) else (0,)
+    return q.new_empty(q.shape), q.new_empty(log_z, dtype=torch.float32)
+
+
+def _backward(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -43,39 +50,27 @@ def _causal_attention_backward(
     return reference.causal_attention_backward(d_out, q, k, v, boundaries, window)
 
 
-@_causal_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    boundaries: Sequence[int],
-    window: int | None,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    log_z = (q.shape[1], q.shape[0]) if flash_takes(q) else (0,)
-    return q.new_empty(q.shape), q.new_empty(log_z, dtype=torch.float32)
-
-
-@_causal_attention_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.settings = inputs
-    out, log_z = output
-    ctx.mark_non_differentiable(log_z)
+def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> list[Any]:
+    q, k, v, cu_seqlens, *settings = arguments
     # The products need no output: what they save is what the projections' own backward would recompute from anyway.
-    kept = (out, log_z, cu_seqlens) if flash_takes(q) else (None, None, None)
-    ctx.save_for_backward(q, k, v, *kept)
+    return [q, k, v, *((*results, cu_seqlens) if flash_takes(q) else (None, None, None)), *settings]
 
 
-def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_causal_attention_backward(d_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None
-
-
-_causal_attention.register_autograd(_differentiate, setup_context=_save)
+_causal_attention = Differentiable(
+    Operator(
+        f"causal_attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", _forward, _forward_fake
+    ),
+    Operator(
+        "causal_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? log_z, "
+        f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+        _backward,
+        fake=lambda d_out, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    ),
+    num_differentiated=3,
+    save=_save,
+    differentiate=lambda backward, kept, needs, grads: backward(grads[0], *kept),
+    constants=(1,),
+)
 
 
 def causal_attention(

@@ -3,16 +3,15 @@
 Letters: T tokens, B samples of a rectangle, L its length.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-# Lone samples are padded up to a multiple of it.
-PAD = 16
+# Tokens of padding that cost less than a rectangle's launches.
+MOST_PADDING = 128
 # A sample from this length is work enough alone.
 LONE = 256
 
@@ -41,16 +40,15 @@ class Rectangle:
         """The rectangle's tokens ``[B, L, ...]`` out of all ``[T, ...]``; a view where it lies there whole."""
         if self.whole:
             return x[self.samples[0][0] : self.samples[-1][1]].unflatten(0, (-1, self.length))
-        positions, ends = self._positions(x.device)
-        return x[torch.minimum(positions, ends - 1)]
+        return x.index_select(0, _places(self, x.device).tokens).unflatten(0, (-1, self.length))
 
     def take_filled(self, x: Tensor) -> Tensor:
         """As ``take``, with zeros for the padding."""
         if self.whole:
             return self.take(x)
-        positions, ends = self._positions(x.device)
-        padding = (positions >= ends).view(*positions.shape, *(1,) * (x.dim() - 1))
-        return self.take(x).masked_fill_(padding, 0)
+        taken = self.take(x)
+        taken.flatten(0, 1).index_fill_(0, _places(self, x.device).padding, 0)
+        return taken
 
     def room(self, x: Tensor) -> Tensor:
         """Where to write what belongs into the rectangle's tokens of ``x``, ``[B, L, ...]``, before ``put``."""
@@ -59,32 +57,62 @@ class Rectangle:
     def put(self, x: Tensor, part: Tensor) -> None:
         """Bring what was written into ``room`` to its tokens in ``x``."""
         if not self.whole:
-            positions, ends = self._positions(x.device)
-            real = positions < ends
-            x[positions[real]] = part[real]
-
-    def _positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Token of every place ``[B, L]``, past the sample's end where there is padding, and these ends ``[B, 1]``."""
-        starts, ends = torch.tensor(self.samples, device=device).unsqueeze(2).unbind(1)
-        return starts + torch.arange(self.length, device=device), ends
+            places = _places(self, x.device)
+            x.index_copy_(0, places.real_tokens, part.flatten(0, 1).index_select(0, places.real))
 
 
-def rectangles(boundaries: Sequence[int]) -> list[Rectangle]:
-    """All samples, each in one rectangle; ``boundaries`` are the first token of every sample, then T."""
+@dataclass(frozen=True)
+class _Places:
+    """A rectangle's places, counted through its rows: LongTensors.
+
+    Args:
+        tokens: every place's token; behind a sample's end its last token again.
+        real: the places that hold a token of their own.
+        real_tokens: these tokens.
+        padding: the other places.
+    """
+
+    tokens: Tensor
+    real: Tensor
+    real_tokens: Tensor
+    padding: Tensor
+
+
+@functools.lru_cache(maxsize=64)  # the layers of a step ask for the same ones
+def _places(rectangle: Rectangle, device: torch.device) -> _Places:
+    starts, ends = torch.tensor(rectangle.samples).unsqueeze(2).unbind(1)  # [B, 1]
+    positions = starts + torch.arange(rectangle.length)  # [B, L]
+    tokens = torch.minimum(positions, ends - 1).flatten()
+    real, padding = ((positions < ends).flatten() == flag for flag in (True, False))
+    found = (tokens, real.nonzero().squeeze(1), tokens[real], padding.nonzero().squeeze(1))
+    return _Places(*(places.to(device) for places in found))
+
+
+@functools.lru_cache(maxsize=16)
+def rectangles(boundaries: tuple[int, ...]) -> tuple[Rectangle, ...]:
+    """All samples, each in one rectangle; ``boundaries`` are the first token of every sample, then T.
+
+    Short samples share a rectangle until their padding would cost more than the launches that sharing saves.
+    """
     runs: list[list[tuple[int, int]]] = []
     for start, end in pairwise(boundaries):
         if runs and runs[-1][0][1] - runs[-1][0][0] == end - start:
             runs[-1].append((start, end))
         elif end > start:
             runs.append([(start, end)])
-    alike = defaultdict(list)  # runs that one padding makes equally long
+
+    def length_of(run: list[tuple[int, int]]) -> int:
+        return run[0][1] - run[0][0]
+
+    runs.sort(key=length_of, reverse=True)
+    groups: list[list[list[tuple[int, int]]]] = []
+    waste = 0
     for run in runs:
-        length = run[0][1] - run[0][0]
-        alike[length if length >= LONE else -(-length // PAD) * PAD].append(run)
-    found = []
-    for length, runs in alike.items():
-        if length >= LONE or len(runs) == 1:
-            found += [Rectangle(tuple(run), run[0][1] - run[0][0]) for run in runs]
+        longest = length_of(groups[-1][0]) if groups else 0
+        waste += (longest - length_of(run)) * len(run)
+        if groups and longest < LONE and waste <= MOST_PADDING:
+            groups[-1].append(run)
         else:
-            found.append(Rectangle(tuple(sample for run in runs for sample in run), length))
-    return found
+            groups.append([run])
+            waste = 0
+    return tuple(Rectangle(tuple(sample for run in group for sample in run), length_of(group[0])) for group in groups)

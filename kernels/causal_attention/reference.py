@@ -17,6 +17,8 @@ from ..products import matmul_t
 from .rectangles import rectangles
 
 BLOCK = 64
+# Up to this length the scores above the diagonal cost less than a second block's launches.
+SHORT = 128
 # From this length a head of a sample is work enough for a product of its own, and its blocks may be larger.
 LONG = 1024
 LONG_BLOCK = 256
@@ -41,7 +43,7 @@ def causal_attention_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequen
         ``[T, H, d]``.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for rectangle in rectangles(boundaries):
+    for rectangle in rectangles(tuple(boundaries)):
         room = rectangle.room(out)
         tensors = [rectangle.take(x) for x in (q, k, v)]  # [B, L, ...]
         for q_part, k_part, v_part, out_part in _batches(*tensors, room):
@@ -77,7 +79,7 @@ def causal_attention_backward(
     """
     wide, scale = _wide(q.dtype), q.shape[2] ** -0.5
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    for rectangle in rectangles(boundaries):
+    for rectangle in rectangles(tuple(boundaries)):
         rooms = [rectangle.room(x) for x in gradients]
         tensors = [rectangle.take(x) for x in (q, k, v)]  # [B, L, ...]
         for q_part, k_part, v_part, d_part, dq_part, dk_part, dv_part in _batches(
@@ -118,6 +120,8 @@ def _batches(q: Tensor, k: Tensor, *others: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _block_size(length: int) -> int:
+    if length <= SHORT:
+        return length
     return BLOCK if length < LONG else LONG_BLOCK
 
 

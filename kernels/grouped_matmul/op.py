@@ -1,16 +1,17 @@
 """The operator that multiplies rows sorted by group with their group's matrix, and the sort that callers need."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..registration import Differentiable, Gradients, Operator, runs_kernel
 from . import reference
 
 
-@torch.library.custom_op("moe_peft::grouped_matmul", mutates_args=())
-def _grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    if x.is_cuda:
+def _forward(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    if runs_kernel(x):
         from .kernel import grouped_matmul_forward
 
         return grouped_matmul_forward(x, weights, offsets)
@@ -18,51 +19,41 @@ def _grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return reference.grouped_matmul_forward(x, weights, offsets)
 
 
-@torch.library.custom_op("moe_peft::grouped_matmul_dx", mutates_args=())
-def _grouped_matmul_dx(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    if dy.is_cuda:
-        from .kernel import grouped_matmul_dx
-
-        return grouped_matmul_dx(dy, weights, offsets)
-    return reference.grouped_matmul_dx(dy, weights, offsets)
-
-
-@torch.library.custom_op("moe_peft::grouped_matmul_dw", mutates_args=())
-def _grouped_matmul_dw(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    if dy.is_cuda:
-        from .kernel import grouped_matmul_dw
-
-        return grouped_matmul_dw(dy, x, offsets, dtype)
-    return reference.grouped_matmul_dw(dy, x, offsets, dtype)
+def _backward(dy: Tensor, x: Tensor, weights: Tensor, offsets: Tensor, needs_dx: bool, needs_dw: bool) -> list[Tensor]:
+    """Of dx and dw, those that are needed."""
+    if runs_kernel(dy):
+        from .kernel import grouped_matmul_dw, grouped_matmul_dx
+    else:
+        from .reference import grouped_matmul_dw, grouped_matmul_dx
+    found = [grouped_matmul_dx(dy, weights, offsets)] if needs_dx else []
+    return [*found, grouped_matmul_dw(dy, x, offsets, weights.dtype)] if needs_dw else found
 
 
-@_grouped_matmul.register_fake
-def _(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weights.shape[1])
+def _differentiate(
+    backward: Callable[..., list[Tensor]], kept: Sequence[Any], needs: Sequence[bool], grads: Gradients
+) -> list[Tensor | None]:
+    found = iter(backward(grads[0], *kept, *needs))
+    return [next(found) if need else None for need in needs]
 
 
-@_grouped_matmul_dx.register_fake
-def _(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[0], weights.shape[2])
-
-
-@_grouped_matmul_dw.register_fake
-def _(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1], dtype=dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, weights, offsets = ctx.saved_tensors
-    dx = _grouped_matmul_dx(dy, weights, offsets) if ctx.needs_input_grad[0] else None
-    dw = _grouped_matmul_dw(dy, x, offsets, weights.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
-
-
-_grouped_matmul.register_autograd(_backward, setup_context=_setup_context)
+_grouped_matmul = Differentiable(
+    Operator(
+        "grouped_matmul(Tensor x, Tensor weights, Tensor offsets) -> Tensor",
+        _forward,
+        fake=lambda x, weights, offsets: x.new_empty(x.shape[0], weights.shape[1]),
+    ),
+    Operator(
+        "grouped_matmul_backward(Tensor dy, Tensor x, Tensor weights, Tensor offsets, bool needs_dx, bool needs_dw) "
+        "-> Tensor[]",
+        _backward,
+        fake=lambda dy, x, weights, offsets, *needs: [
+            like.new_empty(like.shape) for like, need in zip((x, weights), needs, strict=True) if need
+        ],
+    ),
+    num_differentiated=2,
+    save=lambda arguments, results: arguments,
+    differentiate=_differentiate,
+)
 
 
 def _check_values(offsets: Tensor, num_rows: int) -> None:

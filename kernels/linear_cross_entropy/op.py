@@ -1,53 +1,42 @@
 """Autograd for the cross-entropy against the frozen head."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..registration import Differentiable, Operator, runs_kernel
 from . import reference
 
 
-@torch.library.custom_op("moe_peft::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    if runs_kernel(hidden):
         from .kernel import linear_cross_entropy_forward
 
         return linear_cross_entropy_forward(hidden, weight, targets, with_gradient)
     return reference.linear_cross_entropy_forward(hidden, weight, targets, with_gradient)
 
 
-@torch.library.custom_op("moe_peft::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(d_nll: Tensor, gradient: Tensor) -> Tensor:
-    return gradient * d_nll[:, None].to(gradient.dtype)
-
-
-@_linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def _forward_fake(hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = hidden.shape[0] if with_gradient else 0
     return hidden.new_empty(hidden.shape[0], dtype=wide), hidden.new_empty(rows, hidden.shape[1])
 
 
-@_linear_cross_entropy_backward.register_fake
-def _(d_nll: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    gradient = output[1]
-    ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(gradient)
-
-
-def _differentiate(ctx: Any, d_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
-    (gradient,) = ctx.saved_tensors
-    return _linear_cross_entropy_backward(d_nll, gradient), None, None, None
-
-
-_linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+_linear_cross_entropy = Differentiable(
+    Operator(
+        "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, bool with_gradient) -> (Tensor, Tensor)",
+        _forward,
+        _forward_fake,
+    ),
+    Operator(
+        "linear_cross_entropy_backward(Tensor d_nll, Tensor gradient) -> Tensor",
+        lambda d_nll, gradient: gradient * d_nll[:, None].to(gradient.dtype),
+        fake=lambda d_nll, gradient: torch.empty_like(gradient),
+    ),
+    num_differentiated=1,
+    save=lambda arguments, results: results[1:],
+    differentiate=lambda backward, kept, needs, grads: [backward(grads[0], *kept)],
+    constants=(1,),
+)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import assert_relative
 
-from moe_peft.kernels.causal_attention import flash
+from moe_peft.kernels.causal_attention import flash, op
 from moe_peft.kernels.causal_attention.op import causal_attention
 
 LENGTHS = [1, 7, 128, 1000, 7]
@@ -94,6 +94,26 @@ def test_nan_stays_in_its_sample_on_the_gpu():
     for before, after in zip(healthy, both(*tensors, boundaries), strict=True):
         assert torch.equal(after[: sick.start], before[: sick.start])
         assert torch.equal(after[sick.stop :], before[sick.stop :])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_backward_gets_what_forward_had_and_returned(monkeypatch, given):
+    """Also where there is no GPU: flash attention's output, log-sum-exp and boundaries, and the settings."""
+    (q, k, v, upstream), boundaries = make(torch.float32, lengths=[2, 7])
+    out, log_z = q + 1, torch.rand(q.shape[1], q.shape[0])
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32) if given else None
+    forward, backward = [], []
+    monkeypatch.setattr(op, "flash_takes", lambda q: True)
+    monkeypatch.setattr(op, "flash_forward", lambda *args: forward.append(args) or (out.clone(), log_z.clone()))
+    monkeypatch.setattr(op, "flash_backward", lambda *args: backward.append(args) or (args[0] * 2, k * 3, v * 4))
+    found = both(q, k, v, upstream, boundaries, 5, cu_seqlens=cu_seqlens, deterministic=False)
+    seen = q, k, v, torch.tensor(boundaries, dtype=torch.int32)
+    expected = [(seen, (boundaries, 5)), ((upstream, q, k, v, out, log_z, seen[3]), (boundaries, 5, False))]
+    for (args,), (tensors, settings) in zip((forward, backward), expected, strict=True):
+        assert all(map(torch.equal, args[: len(tensors)], tensors))
+        assert args[len(tensors) :] == settings
+    assert all(map(torch.equal, found, (out, upstream * 2, k * 3, v * 4)))
+    assert not given or forward[0][3] is cu_seqlens
 
 
 class Calls:

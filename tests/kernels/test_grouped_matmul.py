@@ -3,9 +3,10 @@
 import pytest
 import torch
 from builders import assert_close, assert_error_like
+from test_registration import opcheck, recorded
 
 from moe_peft.kernels.grouped_matmul import reference
-from moe_peft.kernels.grouped_matmul.op import grouped_matmul, sort_by_group
+from moe_peft.kernels.grouped_matmul.op import _grouped_matmul, grouped_matmul, sort_by_group
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -156,12 +157,12 @@ def test_nan_stays_in_its_group(sick, inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("outputs", [5, 8])
-def test_opcheck(dtype, outputs):
-    x, weights, offsets, upstream = make([2, 0, 5], 8, outputs, dtype=dtype)
-    ops = torch.ops.moe_peft
-    torch.library.opcheck(ops.grouped_matmul, (x.clone().requires_grad_(), weights.clone().requires_grad_(), offsets))
-    torch.library.opcheck(ops.grouped_matmul_dx, (upstream, weights, offsets))
-    torch.library.opcheck(ops.grouped_matmul_dw, (upstream, x, offsets, torch.float32))
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_torch_accepts_the_operators(dtype, outputs, trained, monkeypatch):
+    x, weights, offsets, upstream = make([2, 0, 5], 8, outputs, dtype=dtype, weight_dtype=torch.float32)
+    forward, backward = recorded(monkeypatch, _grouped_matmul)
+    grouped_matmul(x.requires_grad_(trained[0]), weights.requires_grad_(trained[1]), offsets).backward(upstream)
+    opcheck(_grouped_matmul, forward[0], backward[0])
 
 
 def test_compiled_equals_eager():

@@ -3,16 +3,14 @@
 import pytest
 import torch
 from builders import assert_close, assert_error_like
+from test_registration import opcheck, recorded
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_peft.kernels.linear_cross_entropy.op import (
-    _linear_cross_entropy,
-    _linear_cross_entropy_backward,
-    linear_cross_entropy,
-)
-from moe_peft.kernels.products import matmul_t
+from moe_peft.kernels.linear_cross_entropy import reference
+from moe_peft.kernels.linear_cross_entropy.op import _linear_cross_entropy, linear_cross_entropy
 from moe_peft.kernels.linear_cross_entropy.reference import CHUNK_ROWS, linear_cross_entropy_forward
+from moe_peft.kernels.products import matmul_t
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -100,12 +98,30 @@ def test_a_flat_distribution_over_a_large_vocabulary(dtype):
         assert_close(actual, expected, 0.02)
 
 
-def test_without_gradients_none_is_taken():
+def test_a_gradient_is_taken_only_where_one_is_needed(monkeypatch):
+    taken, forward = [], reference.linear_cross_entropy_forward
+    monkeypatch.setattr(
+        reference, "linear_cross_entropy_forward", lambda *args: taken.append(args[3]) or forward(*args)
+    )
     hidden, weight, targets, _ = make(4)
-    assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    losses = [linear_cross_entropy(hidden, weight, targets)]
     hidden.requires_grad_()
-    with torch.no_grad():
-        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            losses.append(linear_cross_entropy(hidden, weight, targets))
+    assert not any(one.requires_grad for one in losses)
+    losses.append(linear_cross_entropy(hidden, weight, targets))
+    assert losses[-1].requires_grad
+    assert taken == [False, False, False, True]
+    assert all(torch.equal(one, losses[0]) for one in losses)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, targets, _ = make(4)
+    weight.requires_grad_()
+    assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    linear_cross_entropy(hidden.requires_grad_(), weight, targets).sum().backward()
+    assert weight.grad is None
 
 
 def test_a_row_keeps_its_nan():
@@ -152,12 +168,12 @@ def test_only_the_gradient_of_the_rows_is_saved():
     assert [(x.shape, x.dtype) for x in kept] == [(hidden.shape, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("with_gradient", [True, False])
-def test_torch_accepts_the_operations(with_gradient):
-    hidden, weight, targets, upstream = make(5, dtype=torch.float32)
-    hidden.requires_grad_(with_gradient)
-    torch.library.opcheck(_linear_cross_entropy, (hidden, weight, targets, with_gradient))
-    torch.library.opcheck(_linear_cross_entropy_backward, (upstream.float(), hidden.detach()))
+def test_torch_accepts_the_operators(monkeypatch):
+    case = make(5, dtype=torch.float32)
+    forward, backward = recorded(monkeypatch, _linear_cross_entropy)
+    both(linear_cross_entropy, *case)
+    opcheck(_linear_cross_entropy, forward[0], backward[0])
+    torch.library.opcheck(_linear_cross_entropy.forward.opaque, (*case[:3], False))
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")

@@ -15,7 +15,7 @@ def recorded(monkeypatch, operation):
     return forward, backward
 
 
-def opcheck(operation, forward_arguments, backward_arguments):
+def opcheck(operation, forward_arguments, backward_arguments, **tolerances):
     """What torch checks of an operator, of the forward with its gradients and of the backward."""
 
     def detached(item):
@@ -23,8 +23,8 @@ def opcheck(operation, forward_arguments, backward_arguments):
             return [detached(one) for one in item]
         return item.detach() if torch.is_tensor(item) else item
 
-    torch.library.opcheck(operation.forward.opaque, tuple(forward_arguments))
-    torch.library.opcheck(operation.backward.opaque, tuple(map(detached, backward_arguments)))
+    torch.library.opcheck(operation.forward.opaque, tuple(forward_arguments), **tolerances)
+    torch.library.opcheck(operation.backward.opaque, tuple(map(detached, backward_arguments)), **tolerances)
 
 
 def weighted_sums(x, terms, weights, scaling, flags):
@@ -136,7 +136,7 @@ def test_without_a_gradient_to_compute_the_function_runs_alone(monkeypatch):
         assert not OPERATION(x, terms, *rest)[0].requires_grad
     x, terms, weights, *rest = make(trained=(False,) * 4)
     weights[0].requires_grad_()  # none of the arguments that are differentiated
-    assert not OPERATION(x, terms, [weight.detach() for weight in weights], *rest)[0].requires_grad
+    assert not OPERATION(x, terms, weights, *rest)[0].requires_grad
 
 
 @BOTH
