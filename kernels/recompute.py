@@ -34,11 +34,8 @@ class Recomputable:
         return [source.detach() for source in self.sources]
 
     def rows(self, positions: Tensor | None) -> "Recomputable":
-        """Some of its tokens; None: all."""
-        if positions is None:
-            return self
-        sources = [source[positions] if source.dim() > 1 else source for source in self.kept]
-        return Recomputable(self.value[positions], self.recipe, sources)
+        """Some of its tokens, kept as they are: gathering the sources would keep as much. None: all."""
+        return self if positions is None else Recomputable(self.value.index_select(0, positions))
 
     def split(self, lengths: Sequence[int]) -> list["Recomputable"]:
         """The tokens in parts of these lengths."""

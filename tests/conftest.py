@@ -1,8 +1,15 @@
 """What every test runs under."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Triton reads it when it is imported itself, by whichever test comes first: without a GPU, kernels run interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms on a GPU ask for it
 
 from moe_peft import load_base_model, load_tokenizer
 

@@ -1,28 +1,25 @@
-"""Autograd for a frozen linear layer.
+"""Autograd for a frozen linear layer."""
 
-Letters: T tokens, I input features, O output features.
-"""
-
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from ..products import linear, matmul
+from ..registration import Differentiable, Operator
 
-
-class _FrozenLinear(torch.autograd.Function):
-    """Made of torch's own operations on every device, so that torch.compile looks into it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return matmul(grads[0], weight), None, None
+_frozen_linear = Differentiable(
+    Operator(
+        "frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        linear,
+        fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    ),
+    Operator(
+        "frozen_linear_backward(Tensor dy, Tensor weight) -> Tensor",
+        matmul,
+        fake=lambda dy, weight: dy.new_empty(dy.shape[0], weight.shape[1]),
+    ),
+    num_differentiated=1,
+    save=lambda arguments, results: [arguments[1]],
+    differentiate=lambda backward, kept, needs, grads: [backward(*grads, *kept)],
+)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,5 +33,5 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Returns:
         ``[T, O]``.
     """
-    result: Tensor = _FrozenLinear.apply(x, weight, bias) if x.requires_grad else linear(x, weight, bias)
+    result: Tensor = _frozen_linear(x, weight, bias)
     return result

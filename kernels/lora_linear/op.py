@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..frozen_linear.op import frozen_linear
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
-from ..registration import Differentiable, Gradients, Operator
+from ..registration import Differentiable, Gradients, Operator, runs_kernel
 from .reference import LoraRange
 
 _Tensors = Sequence[Tensor]
@@ -22,7 +23,7 @@ def _run(
     x: Recomputable, weights: _Tensors, biases: Sequence[Tensor | None], ranges: Sequence[LoraRange]
 ) -> list[Tensor]:
     """The outputs, and each range's lowered rows behind them."""
-    if x.value.is_cuda:
+    if runs_kernel(x.value):
         from .kernel import lora_linear_forward
     else:
         from .reference import lora_linear_forward
@@ -67,7 +68,7 @@ def _backward(d_outputs: _Tensors, lowered: _Tensors, needs_dx: bool, *arguments
     """The factors' gradients in the factors' order, and dx behind them when it is needed."""
     *flat, recipe, kept = arguments
     x = recomputed(recipe, kept)
-    if x.is_cuda:
+    if runs_kernel(x):
         from .kernel import lora_linear_backward
     else:
         from .reference import lora_linear_backward
@@ -160,6 +161,6 @@ def lora_linear(
         ``[T, O_j]`` of each projection, in x's dtype.
     """
     if not ranges:
-        return [torch.nn.functional.linear(x.value, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return [frozen_linear(x.value, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     results: Sequence[Tensor] = _lora_linear(x, weights, biases, ranges)
     return list(results[: len(weights)])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
-from ..registration import Differentiable, Gradients, Operator
+from ..registration import Differentiable, Gradients, Operator, runs_kernel
 from .reference import ExpertFactors, FfnInputs
 
 _Tensors = Sequence[Tensor]
@@ -23,7 +23,7 @@ _FLAT = (
 
 def _run(inputs: FfnInputs, recipe: str, sources: _Tensors) -> list[Tensor]:
     """h, C, ``A1 x`` and ``A3 x``, those of them that there are."""
-    if inputs.p1.is_cuda:
+    if runs_kernel(inputs.p1):
         from .kernel import mixlora_ffn_forward
     else:
         from .reference import mixlora_ffn_forward
@@ -47,16 +47,19 @@ def _forward(x: Tensor, *flat: Any) -> list[Tensor]:
 def _forward_fake(x: Tensor, *flat: Any) -> list[Tensor]:
     inputs = _inputs(x, *flat)
     p1 = inputs.p1
-    stacks = inputs.down_a, *(pair.lora_a if pair else None for pair in (inputs.gate, inputs.up))
-    lowered = [p1.new_empty(p1.shape[0], a.shape[0] * a.shape[1]) for a in stacks if a is not None]
-    return [torch.empty_like(p1), *lowered]
+    all_ranks = inputs.num_experts * inputs.rank
+    # For backward the kernels keep the chosen experts' ranks alone.
+    own_ranks = inputs.experts.shape[1] * inputs.rank if runs_kernel(p1) else all_ranks
+    widths = [all_ranks] if inputs.down_a is not None else []
+    widths += [own_ranks for pair in (inputs.gate, inputs.up) if pair is not None]
+    return [torch.empty_like(p1), *(p1.new_empty(p1.shape[0], width) for width in widths)]
 
 
 def _backward(dhidden: Tensor, dlowered: Tensor | None, lowered: _Tensors, *flat: Any) -> list[Tensor]:
     """dp1, dp3, dgates, the factors' gradients, and dx behind them when an expert reads x."""
     *_, recipe, kept = flat
     p1 = flat[0]
-    if p1.is_cuda:
+    if runs_kernel(p1):
         from .kernel import mixlora_ffn_backward
     else:
         from .reference import mixlora_ffn_backward

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..registration import Differentiable, Operator
+from ..registration import Differentiable, Operator, runs_kernel
 from . import reference
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.is_cuda:
+    if runs_kernel(x):
         from .kernel import rms_norm_forward
 
         return rms_norm_forward(x, weight, eps)
@@ -21,7 +21,7 @@ def _forward_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    if x.is_cuda:
+    if runs_kernel(x):
         from .kernel import rms_norm_backward
 
         return rms_norm_backward(dy, x, weight, rstd)

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..registration import Differentiable, Operator
+from ..registration import Differentiable, Operator, runs_kernel
 from . import reference
 
 
 def _run(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    if x.is_cuda:
+    if runs_kernel(x):
         from .kernel import rotary_forward
 
         return rotary_forward(x, cos, sin, back=back)

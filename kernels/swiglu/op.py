@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..registration import Differentiable, Operator
+from ..registration import Differentiable, Operator, runs_kernel
 from . import reference
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    if gate.is_cuda:
+    if runs_kernel(gate):
         from .kernel import swiglu_forward
 
         return swiglu_forward(gate, up)
@@ -15,7 +15,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    if gate.is_cuda:
+    if runs_kernel(gate):
         from .kernel import swiglu_backward
 
         return swiglu_backward(dh, gate, up)

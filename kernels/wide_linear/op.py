@@ -1,33 +1,62 @@
-"""Autograd for a narrow linear layer in a wider dtype than its input.
+"""Autograd for a narrow linear layer in a wider dtype than its input."""
 
-Letters: N tokens, D features, E outputs.
-"""
-
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..products import matmul, matmul_t
 from ..recompute import Recomputable, recomputed
+from ..registration import Differentiable, Gradients, Operator
 
 
-class _WideLinear(torch.autograd.Function):
-    """Made of torch's own operations on every device, so that torch.compile looks into it."""
+def _forward(x: Tensor, weight: Tensor, recipe: str, kept: Sequence[Tensor]) -> Tensor:
+    return matmul_t(x.to(weight.dtype), weight)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: str, *kept: Tensor) -> Tensor:
-        ctx.recipe = recipe
-        ctx.save_for_backward(weight, *(kept if recipe else (x,)))
-        return matmul_t(x.to(weight.dtype), weight)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        weight, *kept = ctx.saved_tensors
-        x = recomputed(ctx.recipe, kept)
-        dx = matmul(grads[0], weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = matmul(grads[0].T.contiguous(), x.to(weight.dtype))
-        return dx, d_weight, None, *(None for _ in kept if ctx.recipe)
+def _backward(
+    dy: Tensor, weight: Tensor, recipe: str, kept: Sequence[Tensor], needs_dx: bool, needs_weight: bool
+) -> list[Tensor]:
+    x = recomputed(recipe, kept)
+    dx = [matmul(dy, weight).to(x.dtype)] if needs_dx else []
+    return [*dx, matmul(dy.T.contiguous(), x.to(weight.dtype))] if needs_weight else dx
+
+
+def _backward_fake(
+    dy: Tensor, weight: Tensor, recipe: str, kept: Sequence[Tensor], needs_dx: bool, needs_weight: bool
+) -> list[Tensor]:
+    dx = [kept[0].new_empty(dy.shape[0], weight.shape[1])] if needs_dx else []
+    return [*dx, weight.new_empty(weight.shape)] if needs_weight else dx
+
+
+def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> list[Any]:
+    x, weight, recipe, kept = arguments
+    return [weight, recipe, kept if recipe else [x]]
+
+
+def _differentiate(
+    backward: Callable[..., list[Tensor]], kept: Sequence[Any], needs: Sequence[bool], grads: Gradients
+) -> list[Tensor | None]:
+    found = iter(backward(grads[0], *kept, *needs))
+    return [next(found) if needed else None for needed in needs]
+
+
+_wide_linear = Differentiable(
+    Operator(
+        "wide_linear(Tensor x, Tensor weight, str recipe, Tensor[] kept) -> Tensor",
+        _forward,
+        fake=lambda x, weight, recipe, kept: weight.new_empty(x.shape[0], weight.shape[0]),
+    ),
+    Operator(
+        "wide_linear_backward(Tensor dy, Tensor weight, str recipe, Tensor[] kept, bool needs_dx, bool needs_weight)"
+        " -> Tensor[]",
+        _backward,
+        _backward_fake,
+    ),
+    num_differentiated=2,
+    save=_save,
+    differentiate=_differentiate,
+)
 
 
 def wide_linear(x: Recomputable, weight: Tensor) -> Tensor:
@@ -40,5 +69,5 @@ def wide_linear(x: Recomputable, weight: Tensor) -> Tensor:
     Returns:
         ``[N, E]`` in the weight's dtype.
     """
-    result: Tensor = _WideLinear.apply(x.value, weight, x.recipe, *x.kept)
+    result: Tensor = _wide_linear(x.value, weight, x.recipe, x.kept)
     return result

@@ -249,8 +249,8 @@ class MixLora(nn.Module):
             up=stacks.get("up_proj"),
             down=stacks.get("down_proj"),
             scaling=self.scaling_,
-            x_mask=mask("mlp_in", x.value),
-            h_mask=mask("mlp_hidden", gate),
+            x_mask=mask("mlp_in", x.value) if stacks.keys() & {"gate_proj", "up_proj"} else None,
+            h_mask=mask("mlp_hidden", gate) if "down_proj" in stacks else None,
         )
 
     def _jittered(self, x: ops.Recomputable, segment: Segment, batch: ForwardBatch) -> ops.Recomputable:

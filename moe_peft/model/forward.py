@@ -27,6 +27,7 @@ class ForwardBatch:
         recompute_around_attention: the layers keep attention alone for backward and compute the rest again.
         whole: the batch of which these tokens are a part; None: they are all.
         rows: LongTensor ``[T]``, where they stand in it.
+        host_rows: the same on the CPU.
     """
 
     segments: tuple[Segment, ...]
@@ -39,6 +40,7 @@ class ForwardBatch:
     recompute_around_attention: bool = False
     whole: "ForwardBatch | None" = None
     rows: Tensor | None = None
+    host_rows: Tensor | None = None
     _masks: dict[tuple[int, int, str], Tensor] = field(default_factory=dict, repr=False)
 
     def narrowed(self, firsts: Sequence[int]) -> "ForwardBatch":
@@ -50,7 +52,8 @@ class ForwardBatch:
             return self
         starts = [edge + first for edge, first in zip(self.boundaries, firsts, strict=False)]
         kept = list(zip(starts, self.boundaries[1:], strict=True))
-        rows = torch.cat([torch.arange(start, end) for start, end in kept]).to(self.cos.device)
+        host_rows = torch.cat([torch.arange(start, end) for start, end in kept])
+        rows = host_rows.to(self.cos.device, non_blocking=True)
         edges = dict(
             zip(self.boundaries, itertools.accumulate((end - start for start, end in kept), initial=0), strict=True)
         )
@@ -58,11 +61,12 @@ class ForwardBatch:
             self,
             segments=tuple(replace(part, start=edges[part.start], end=edges[part.end]) for part in self.segments),
             boundaries=tuple(edges.values()),
-            cos=self.cos[rows],
-            sin=self.sin[rows],
+            cos=self.cos.index_select(0, rows),
+            sin=self.sin.index_select(0, rows),
             cu_seqlens=None,
             whole=self,
             rows=rows,
+            host_rows=host_rows,
             _masks={},
         )
 

@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from moe_peft import ops
+from moe_peft import ops, strict
 from moe_peft.model.batch import ModelInput, ModelOutput, Segment, segments_of
 from moe_peft.model.cache import KVCache
 from moe_peft.model.config import LlamaConfig
@@ -21,6 +21,7 @@ from moe_peft.model.linear import AdapterDict, frozen_linear, wide_dtype
 from moe_peft.model.rope import rotary_table
 from moe_peft.model.targets import Targets
 
+LONG_SAMPLE = 256
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
 
@@ -150,9 +151,15 @@ class LlamaForCausalLM(AdapterHost):
         if cache is not None and len(cache.lengths_) != len(new):
             raise ValueError(f"the batch has {len(new)} samples, but the cache holds {len(cache.lengths_)}")
         past = cache.lengths_ if cache is not None else [0] * len(new)
+        mode = self.activation_checkpointing_
+        if mode not in ACTIVATION_CHECKPOINTING:
+            close = strict.did_you_mean(mode, ACTIVATION_CHECKPOINTING)
+            raise ValueError(
+                f"activation_checkpointing_={mode!r} must be one of {', '.join(ACTIVATION_CHECKPOINTING)}{close}"
+            )
         double = self.dtype == torch.float64
         cos, sin = rotary_table(self.config_, past, new, device=self.device, double=double)
-        selective = self.activation_checkpointing_ == "selective" and self.training and torch.is_grad_enabled()
+        selective = mode == "selective" and self.training and torch.is_grad_enabled()
         on_gpu = self.device.type == "cuda"
         cu_seqlens = model_input.cu_seqlens.to(self.device, torch.int32, non_blocking=True) if on_gpu else None
         return ForwardBatch(segments, edges, cos, sin, self.training, cache, cu_seqlens, selective)
@@ -170,6 +177,11 @@ class LlamaForCausalLM(AdapterHost):
             0 if routed[bisect.bisect_left(ends, end)] else first
             for end, first in zip(batch.boundaries[1:], firsts, strict=True)
         ]
+        # Over long samples, one launch for all beats a masked one a sample, unless that has far less to do.
+        longest = max(end - start for start, end in itertools.pairwise(batch.boundaries))
+        few_dropped = longest > LONG_SAMPLE and sum(asking_firsts) < batch.boundaries[-1] / 2
+        if self.device.type != "cpu" or few_dropped:
+            asking_firsts = [0] * len(firsts)
         asking = batch.narrowed(asking_firsts)
         rest = [first - asked for first, asked in zip(firsts, asking_firsts, strict=True)]
         return asking, asking.narrowed(rest)
@@ -192,8 +204,8 @@ class LlamaForCausalLM(AdapterHost):
         """Mean loss and number of supervised tokens of each segment."""
         if targets is None:
             return [(hidden.new_zeros((), dtype=wide_dtype(hidden.dtype)), 0) for _ in segments]
-        rows, ids = targets.rows_within(answered).to(self.device), targets.ids.to(self.device)  # [N]
-        nll = ops.linear_cross_entropy(hidden[rows], self.lm_head_.weight, ids)  # [N]
+        rows, ids = (host.to(self.device, non_blocking=True) for host in (targets.rows_within(answered), targets.ids))
+        nll = ops.linear_cross_entropy(hidden.index_select(0, rows), self.lm_head_.weight, ids)  # [N]
         bounds = targets.bounds([segment.start for segment in segments] + [segments[-1].end])
         return [(nll[start:end].sum() / max(end - start, 1), end - start) for start, end in itertools.pairwise(bounds)]
 

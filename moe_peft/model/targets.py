@@ -57,8 +57,8 @@ class Targets:
         """Where the positions stand among the tokens that the last layer answered, ``[N]``."""
         rows = self.rows
         for step in _path(answered):
-            assert step.rows is not None
-            rows = torch.searchsorted(step.rows.cpu(), rows)
+            assert step.host_rows is not None
+            rows = torch.searchsorted(step.host_rows, rows)
         return rows
 
     def bounds(self, edges: Sequence[int]) -> list[int]:

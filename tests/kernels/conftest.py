@@ -1,13 +1,7 @@
 """Kernels run on a GPU when there is one, else on CPU tensors through Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
-
-# Triton reads it when a kernel is defined, so it stands before any import of one.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
