@@ -23,8 +23,8 @@ from moe_peft.kernels.lora_linear import reference as lora_linear_reference
 from moe_peft.kernels.lora_linear.op import lora_linear
 from moe_peft.kernels.lora_linear.reference import LoraRange
 from moe_peft.kernels.mixlora_ffn import reference as mixlora_ffn_reference
+from moe_peft.kernels.mixlora_ffn.inputs import ExpertFactors, FfnInputs
 from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn
-from moe_peft.kernels.mixlora_ffn.reference import ExpertFactors, FfnInputs
 from moe_peft.kernels.recompute import Recomputable
 from moe_peft.kernels.rms_norm import reference as rms_norm_reference
 from moe_peft.kernels.rms_norm.op import rms_norm

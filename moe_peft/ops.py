@@ -4,8 +4,8 @@ from moe_peft.kernels.causal_attention.op import causal_attention
 from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
 from moe_peft.kernels.lora_linear.op import lora_linear
 from moe_peft.kernels.lora_linear.reference import LoraRange
-from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn
-from moe_peft.kernels.mixlora_ffn.reference import ExpertFactors
+from moe_peft.kernels.mixlora_ffn.inputs import ExpertFactors, FfnPart
+from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn_group
 from moe_peft.kernels.recompute import Recomputable
 from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.rotary.op import rotary
@@ -14,12 +14,13 @@ from moe_peft.kernels.wide_linear.op import wide_linear
 
 __all__ = [
     "ExpertFactors",
+    "FfnPart",
     "LoraRange",
     "Recomputable",
     "causal_attention",
     "linear_cross_entropy",
     "lora_linear",
-    "mixlora_ffn",
+    "mixlora_ffn_group",
     "rms_norm",
     "rotary",
     "swiglu",

@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 
 from . import plan
+from .inputs import ExpertFactors, FfnGradients, FfnInputs
 from .kernel_backward import token_gradients_kernel
 from .kernel_forward import forward_kernel
 from .kernel_tiles import spread_kernel
 from .kernel_weights import weight_gradients_kernel
-from .reference import ExpertFactors, FfnGradients, FfnInputs
 
 
 class _Launch:

@@ -9,49 +9,60 @@ from torch import Tensor
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator, runs_kernel
-from .reference import ExpertFactors, FfnInputs
+from .inputs import ExpertFactors, FactorGradients, FfnGroup, FfnPart, GroupGradients
 
 _Tensors = Sequence[Tensor]
 
 # The mixture's inputs but x, flattened as torch.library needs them. `present` says which of the gate's A and B, the up
-# projection's A and B and the down projection's A there are, then which of the two dropout masks.
+# projection's A and B and the down projection's A every part has, then which of its two dropout masks each has.
 _FLAT = (
-    "Tensor p1, Tensor p3, Tensor gates, Tensor[] factors, Tensor experts, float scaling, Tensor[] masks, "
-    "bool[] present, str recipe, Tensor[] kept"
+    "Tensor p1, Tensor p3, Tensor gates, Tensor[] factors, Tensor experts, SymInt[] lengths, float[] scalings, "
+    "Tensor[] masks, bool[] present, str recipe, Tensor[] kept"
 )
 
 
-def _run(inputs: FfnInputs, recipe: str, sources: _Tensors) -> list[Tensor]:
+def _run(group: FfnGroup, recipe: str, sources: _Tensors) -> list[Tensor]:
     """h, C, ``A1 x`` and ``A3 x``, those of them that there are."""
-    if runs_kernel(inputs.p1):
+    if runs_kernel(group.p1):
         from .kernel import mixlora_ffn_forward
-    else:
-        from .reference import mixlora_ffn_forward
-    return [result for result in mixlora_ffn_forward(inputs) if result is not None]
+
+        found = [_existing(mixlora_ffn_forward(inputs)) for inputs in group.one_by_one()]
+        return found[0] if len(found) == 1 else [torch.cat(rows) for rows in zip(*found, strict=True)]
+    from .reference import group_forward
+
+    return _existing(group_forward(group))
 
 
-def _flatten(inputs: FfnInputs, recipe: str, sources: _Tensors) -> list[Any]:
-    pairs = [(pair.lora_a, pair.lora_b) if pair else (None, None) for pair in (inputs.gate, inputs.up)]
-    factors, has_factor = without_gaps((*pairs[0], *pairs[1], inputs.down_a))
-    masks, has_mask = without_gaps((inputs.x_mask, inputs.h_mask))
-    present = [*has_factor, *has_mask]
-    base = [inputs.x, inputs.p1, inputs.p3, inputs.gates]
-    return [*base, factors, inputs.experts, inputs.scaling, masks, present, recipe, list(sources)]
+def _existing(results: Sequence[Tensor | None]) -> list[Tensor]:
+    return [result for result in results if result is not None]
+
+
+def _flatten(group: FfnGroup, recipe: str, sources: _Tensors) -> list[Any]:
+    factors: list[Tensor] = []
+    for part in group.parts:
+        pairs = [(pair.lora_a, pair.lora_b) if pair else (None, None) for pair in (part.gate, part.up)]
+        own, has_factor = without_gaps((*pairs[0], *pairs[1], part.down_a))
+        factors += own
+    masks, has_mask = without_gaps(mask for part in group.parts for mask in (part.x_mask, part.h_mask))
+    scalings, present = [part.scaling for part in group.parts], [*has_factor, *has_mask]
+    base = [group.x, group.p1, group.p3, group.gates, factors, group.experts]
+    return [*base, group.lengths, scalings, masks, present, recipe, list(sources)]
 
 
 def _forward(x: Tensor, *flat: Any) -> list[Tensor]:
     *_, recipe, kept = flat
-    return _run(_inputs(x, *flat), recipe, kept)
+    return _run(_group(x, *flat), recipe, kept)
 
 
 def _forward_fake(x: Tensor, *flat: Any) -> list[Tensor]:
-    inputs = _inputs(x, *flat)
-    p1 = inputs.p1
-    all_ranks = inputs.num_experts * inputs.rank
+    group = _group(x, *flat)
+    p1, part = group.p1, group.parts[0]
+    stack = next(a for a in (part.down_a, *(pair.lora_a for pair in part.reading_x)) if a is not None)
+    all_ranks = stack.shape[0] * stack.shape[1]
     # For backward the kernels keep the chosen experts' ranks alone.
-    own_ranks = inputs.experts.shape[1] * inputs.rank if runs_kernel(p1) else all_ranks
-    widths = [all_ranks] if inputs.down_a is not None else []
-    widths += [own_ranks for pair in (inputs.gate, inputs.up) if pair is not None]
+    own_ranks = group.experts.shape[1] * stack.shape[1] if runs_kernel(p1) else all_ranks
+    widths = [all_ranks] if part.down_a is not None else []
+    widths += [own_ranks] * len(part.reading_x)
     return [torch.empty_like(p1), *(p1.new_empty(p1.shape[0], width) for width in widths)]
 
 
@@ -59,17 +70,36 @@ def _backward(dhidden: Tensor, dlowered: Tensor | None, lowered: _Tensors, *flat
     """dp1, dp3, dgates, the factors' gradients, and dx behind them when an expert reads x."""
     *_, recipe, kept = flat
     p1 = flat[0]
-    if runs_kernel(p1):
-        from .kernel import mixlora_ffn_backward
-    else:
-        from .reference import mixlora_ffn_backward
-    inputs = _inputs(recomputed(recipe, kept) if kept else p1, *flat)  # only the gate and up experts read x
+    group = _group(recomputed(recipe, kept) if kept else p1, *flat)  # only the gate and up experts read x
     rest = iter(lowered)
-    a1, a3 = (next(rest) if pair is not None else None for pair in (inputs.gate, inputs.up))
-    found = mixlora_ffn_backward(inputs, dhidden, dlowered, a1, a3)
-    pairs = [*(found.gate or ()), *(found.up or ())]
-    optional = [grad for grad in (found.down_a, found.dx) if grad is not None]
-    return [found.dp1, found.dp3, found.dgates, *pairs, *optional]
+    a1, a3 = (next(rest) if pair is not None else None for pair in (group.parts[0].gate, group.parts[0].up))
+    if runs_kernel(p1):
+        found = _backward_one_by_one(group, dhidden, dlowered, a1, a3)
+    else:
+        from .reference import group_backward
+
+        found = group_backward(group, dhidden, dlowered, a1, a3)
+    factors = [grad for part in found.parts for grad in (*(part.gate or ()), *(part.up or ()), part.down_a)]
+    return _existing([found.dp1, found.dp3, found.dgates, *factors, found.dx])
+
+
+def _backward_one_by_one(
+    group: FfnGroup, dhidden: Tensor, dlowered: Tensor | None, a1: Tensor | None, a3: Tensor | None
+) -> GroupGradients:
+    """By the kernels, which take one adapter."""
+    from .kernel import mixlora_ffn_backward
+
+    rows = (
+        [None] * len(group.parts) if tensor is None else tensor.split(group.lengths)
+        for tensor in (dhidden, dlowered, a1, a3)
+    )
+    found = [mixlora_ffn_backward(*own) for own in zip(group.one_by_one(), *rows, strict=True)]
+    parts = [FactorGradients(own.gate, own.up, own.down_a) for own in found]
+    if len(found) == 1:
+        return GroupGradients(found[0].dx, found[0].dp1, found[0].dp3, found[0].dgates, parts)
+    dx = [own.dx for own in found if own.dx is not None]
+    dp1, dp3, dgates = (torch.cat([getattr(own, name) for own in found]) for name in ("dp1", "dp3", "dgates"))
+    return GroupGradients(torch.cat(dx) if dx else None, dp1, dp3, dgates, parts)
 
 
 def _backward_fake(dhidden: Tensor, dlowered: Tensor | None, lowered: _Tensors, *flat: Any) -> list[Tensor]:
@@ -78,23 +108,29 @@ def _backward_fake(dhidden: Tensor, dlowered: Tensor | None, lowered: _Tensors, 
     return [torch.empty_like(like) for like in (p1, p3, gates, *factors)] + dx
 
 
-def _inputs(
+def _group(
     x: Tensor,
     p1: Tensor,
     p3: Tensor,
     gates: Tensor,
     factors: _Tensors,
     experts: Tensor,
-    scaling: float,
+    lengths: Sequence[int],
+    scalings: Sequence[float],
     masks: _Tensors,
     present: Sequence[bool],
     recipe: str,
     kept: _Tensors,
-) -> FfnInputs:
-    gate_a, gate_b, up_a, up_b, down_a = with_gaps(factors, present[:5])
-    gate = ExpertFactors(gate_a, gate_b) if gate_a is not None and gate_b is not None else None
-    up = ExpertFactors(up_a, up_b) if up_a is not None and up_b is not None else None
-    return FfnInputs(x, p1, p3, gates, experts, gate, up, down_a, scaling, *with_gaps(masks, present[5:]))
+) -> FfnGroup:
+    parts = []
+    all_masks, per_part = with_gaps(masks, present[5:]), sum(present[:5])
+    for i, (length, scaling) in enumerate(zip(lengths, scalings, strict=True)):
+        own = with_gaps(factors[i * per_part : (i + 1) * per_part], present[:5])
+        gate_a, gate_b, up_a, up_b, down_a = own
+        gate = ExpertFactors(gate_a, gate_b) if gate_a is not None and gate_b is not None else None
+        up = ExpertFactors(up_a, up_b) if up_a is not None and up_b is not None else None
+        parts.append(FfnPart(length, gate, up, down_a, scaling, *all_masks[2 * i : 2 * i + 2]))
+    return FfnGroup(x, p1, p3, gates, experts, parts)
 
 
 def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> list[Any]:
@@ -108,7 +144,7 @@ def _differentiate(
     backward: Callable[..., list[Tensor]], kept: Sequence[Any], needs: Sequence[bool], grads: Gradients
 ) -> tuple[Any, ...]:
     lowered, *flat = kept
-    p1, _, _, factors, _, _, _, present, _, sources = flat
+    p1, _, _, factors, _, _, _, _, present, _, sources = flat
     dhidden, dlowered = grads[0], grads[1] if present[4] else None
     if dhidden is None:
         dhidden = torch.zeros_like(p1)
@@ -163,9 +199,46 @@ def mixlora_ffn(
     Returns:
         h ``[N, F]`` and delta ``[N, D]`` (None without down experts): the layer's output is ``W2 h + delta``.
     """
-    down_a = down.lora_a if down else None
-    inputs = FfnInputs(x.value, p1, p3, gates, experts, gate, up, down_a, scaling, x_mask, h_mask)
-    hidden, *rest = _mixlora_ffn(inputs, x.recipe, x.sources)
-    if down is None:
+    part = FfnPart(p1.shape[0], gate, up, down.lora_a if down else None, scaling, x_mask, h_mask)
+    return mixlora_ffn_group(x, p1, p3, gates, experts, [part], [down] if down else [])
+
+
+def mixlora_ffn_group(
+    x: Recomputable,
+    p1: Tensor,
+    p3: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    parts: Sequence[FfnPart],
+    downs: Sequence[ExpertFactors],
+) -> tuple[Tensor, Tensor | None]:
+    """``mixlora_ffn`` of several adapters at once, which agree in E, R, K and the projections that have experts.
+
+    No adapter's rows meet another's factors.
+
+    Args:
+        x: ``[T, D]``, the adapters' tokens one after the other, as in all that follows.
+        p1: ``W1 x``, ``[T, F]``.
+        p3: ``W3 x``, ``[T, F]``.
+        gates: routing weights ``[T, K]``, differentiable.
+        experts: LongTensor ``[T, K]``, distinct in a row, each token's among its own adapter's.
+        parts: each adapter's number of tokens, factors, scaling and masks.
+        downs: each adapter's factors of the down projection's experts; none without.
+
+    Returns:
+        h ``[T, F]`` and delta ``[T, D]`` (None without down experts).
+    """
+    hidden, *rest = _mixlora_ffn(FfnGroup(x.value, p1, p3, gates, experts, parts), x.recipe, x.sources)
+    if not downs:
         return hidden, None
-    return hidden, rest[0] @ down.flat_b(p1.dtype).mul(scaling)
+    raising = [down.flat_b(p1.dtype).mul(part.scaling) for down, part in zip(downs, parts, strict=True)]
+    return hidden, _raised(rest[0], raising, [part.length for part in parts])
+
+
+def _raised(lowered: Tensor, raising: list[Tensor], lengths: list[int]) -> Tensor:
+    """Each part's C ``[N, ER]`` times its ``s B2^T`` ``[ER, D]``; autograd differentiates it."""
+    if len(lengths) == 1:
+        return lowered @ raising[0]
+    if min(lengths) == max(lengths):
+        return (lowered.unflatten(0, (len(lengths), -1)) @ torch.stack(raising)).flatten(0, 1)
+    return torch.cat([own @ b for own, b in zip(lowered.split(lengths), raising, strict=True)])

@@ -7,133 +7,32 @@ For a token x with selected experts e(1..K), weights g_k and the frozen products
 
 so that the layer's output is ``W2 h + s sum_e B2_e C_e``: W2, too, runs once a token. What an expert's rows of B or A2
 add to a token is a weighted sum of R table rows: ``embedding_bag`` reads those alone and writes once, however many
-experts there are. Products over F are one dense GEMM over all experts, of which each token's own columns are taken.
-Nothing per expert of width F is kept for backward.
+experts there are. Products over F are one dense GEMM over all of an adapter's experts, of which each token's own
+columns are taken. Nothing per expert of width F is kept for backward.
 
-Letters: N tokens of one adapter, D model, F ffn, E experts, K top-k, R rank, ER all experts' ranks side by side.
+Several adapters run together: their factors stand in one table, where a token reads its own adapter's rows alone, and
+what treats tokens one by one runs once over all. The products are each adapter's own (see ``parts``).
+
+Letters: T tokens of all adapters, N tokens of one, P adapters, D model, F ffn, E experts, K top-k, R rank, ER all of an
+adapter's experts' ranks side by side, S projections among gate and up that have experts.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..products import matmul, matmul_t
-
-
-@dataclass(frozen=True)
-class ExpertFactors:
-    """Stacked LoRA factors of the experts on one projection.
-
-    Args:
-        lora_a: ``[E, R, in]``.
-        lora_b: ``[E, out, R]``.
-    """
-
-    lora_a: Tensor
-    lora_b: Tensor
-
-    def flat_a(self, dtype: torch.dtype) -> Tensor:
-        """All A side by side, ``[ER, in]``."""
-        return self.lora_a.to(dtype).flatten(0, 1)
-
-    def flat_b(self, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-        """All transposed B side by side, times a factor, ``[ER, out]``."""
-        return self.lora_b.mul(scaling).to(dtype).transpose(1, 2).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class FfnInputs:
-    """What the mixture is computed from.
-
-    Args:
-        x: ``[N, D]``.
-        p1: ``W1 x``, ``[N, F]``.
-        p3: ``W3 x``, ``[N, F]``.
-        gates: routing weights ``[N, K]``.
-        experts: selected experts ``[N, K]``, distinct in a row.
-        gate: factors of the gate projection's experts, or None.
-        up: factors of the up projection's experts, or None.
-        down_a: A of the down projection's experts, ``[E, R, F]``, or None.
-        scaling: s.
-        x_mask: dropout mask of the experts' input ``[N, D]``, or None.
-        h_mask: dropout mask of the down experts' input ``[N, F]``, or None.
-    """
-
-    x: Tensor
-    p1: Tensor
-    p3: Tensor
-    gates: Tensor
-    experts: Tensor
-    gate: ExpertFactors | None
-    up: ExpertFactors | None
-    down_a: Tensor | None
-    scaling: float
-    x_mask: Tensor | None
-    h_mask: Tensor | None
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self._one_stack.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self._one_stack.shape[1]
-
-    @property
-    def _one_stack(self) -> Tensor:
-        stacks = (self.gate.lora_a if self.gate else None, self.up.lora_a if self.up else None, self.down_a)
-        return next(stack for stack in stacks if stack is not None)
-
-    @property
-    def masked_x(self) -> Tensor:
-        """What the gate and up experts read."""
-        return self.x if self.x_mask is None else self.x * self.x_mask
-
-
-@dataclass(frozen=True)
-class FfnGradients:
-    """What the backward returns, in the order of the forward's arguments; None where there is no such input."""
-
-    dx: Tensor | None
-    dp1: Tensor
-    dp3: Tensor
-    dgates: Tensor
-    gate: tuple[Tensor, Tensor] | None
-    up: tuple[Tensor, Tensor] | None
-    down_a: Tensor | None
+from ..parts import columns_by_part, times, transposed_times
+from .inputs import ExpertFactors, FactorGradients, FfnGradients, FfnGroup, FfnInputs, GroupGradients
 
 
 def mixlora_ffn_forward(inputs: FfnInputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Hidden features of the mixture, before the down projection.
+    """Hidden features of one adapter's mixture, before the down projection.
 
     Returns:
         h ``[N, F]``; C ``[N, ER]`` (None without down experts); and for backward ``A1 x`` and ``A3 x``, ``[N, ER]``.
     """
-    gate, up = inputs.gate, inputs.up
-    dtype = inputs.p1.dtype
-    stacks = [stack for stack in (gate, up) if stack is not None]
-    lowered_x = iter(
-        (matmul_t(inputs.masked_x, _side_by_side(stacks, dtype))).chunk(len(stacks), dim=1) if stacks else ()
-    )
-    a1 = next(lowered_x).clone(memory_format=torch.contiguous_format) if gate else None
-    a3 = next(lowered_x).clone(memory_format=torch.contiguous_format) if up else None
-    mixture = _Mixture(inputs, a1, a3)
-    hidden = None
-    lowered = mixture.nothing_lowered()
-    for slot in range(inputs.experts.shape[1]):
-        ranks, weight = mixture.ranks[slot], mixture.weights[slot]
-        u1, u3 = mixture.preactivations(ranks)
-        h = torch.nn.functional.silu(u1, inplace=True).mul_(u3)  # [N, F]
-        if lowered is not None and mixture.down_a is not None:
-            masked_h = h if inputs.h_mask is None else h * inputs.h_mask
-            lowered.scatter_(1, ranks, matmul_t(masked_h, mixture.down_a).gather(1, ranks).mul_(weight))
-        hidden = h.mul_(weight) if hidden is None else hidden.addcmul_(h, weight)
-    assert hidden is not None
-    return hidden, lowered, a1, a3
+    return group_forward(FfnGroup.of_one(inputs))
 
 
 def mixlora_ffn_backward(
@@ -147,117 +46,149 @@ def mixlora_ffn_backward(
         dlowered: gradient of C, ``s B2^T dy``, ``[N, ER]``; None without down experts.
         a1: from the forward; likewise a3.
     """
-    mixture = _Mixture(inputs, a1, a3)
-    sums = _Sums()
-    dgates = torch.empty_like(inputs.gates)
-    da1, da3 = (torch.zeros_like(a) if a is not None else None for a in (a1, a3))
-    from_down = None
-    if dlowered is not None and mixture.down_a is not None:
-        from_down = _Table(mixture.down_a, dhidden if inputs.h_mask is None else torch.zeros_like(dhidden))
-    for slot in range(inputs.experts.shape[1]):
+    found = group_backward(FfnGroup.of_one(inputs), dhidden, dlowered, a1, a3)
+    (part,) = found.parts
+    return FfnGradients(found.dx, found.dp1, found.dp3, found.dgates, part.gate, part.up, part.down_a)
+
+
+def group_forward(group: FfnGroup) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``mixlora_ffn_forward`` of several adapters, whose rows stand below each other."""
+    num_stacks = len(group.parts[0].reading_x)
+    a1, a3 = None, None
+    if num_stacks:
+        lowered_x = times(group.masked_x, _side_by_side(group).transpose(1, 2), group.lengths)  # [T, S*ER]
+        chunks = [chunk.clone(memory_format=torch.contiguous_format) for chunk in lowered_x.chunk(num_stacks, dim=1)]
+        a1 = chunks[0] if group.parts[0].gate else None
+        a3 = chunks[-1] if group.parts[0].up else None
+    mixture = _Mixture(group, a1, a3)
+    down_a, h_mask = _flat_down_a(group), group.h_mask
+    hidden = None
+    lowered = mixture.nothing(1) if down_a is not None else None
+    for slot in range(group.experts.shape[1]):
         ranks, weight = mixture.ranks[slot], mixture.weights[slot]
-        u1, u3 = mixture.preactivations(ranks)
+        u1, u3 = mixture.preactivations(slot)
+        h = torch.nn.functional.silu(u1, inplace=True).mul_(u3)  # [T, F]
+        if lowered is not None and down_a is not None:
+            products = times(h if h_mask is None else h * h_mask, down_a.transpose(1, 2), group.lengths)
+            lowered.scatter_(1, ranks, products.gather(1, ranks).mul_(weight))
+        hidden = h.mul_(weight) if hidden is None else hidden.addcmul_(h, weight)
+    assert hidden is not None
+    return hidden, lowered, a1, a3
+
+
+def group_backward(
+    group: FfnGroup, dhidden: Tensor, dlowered: Tensor | None, a1: Tensor | None, a3: Tensor | None
+) -> GroupGradients:
+    """``mixlora_ffn_backward`` of several adapters, whose rows stand below each other."""
+    mixture = _Mixture(group, a1, a3)
+    sums = _Sums()
+    dgates = torch.empty_like(group.gates)
+    h_mask = group.h_mask
+    down_a = _flat_down_a(group) if dlowered is not None else None
+    from_down = None
+    if down_a is not None:
+        from_down = _Table(down_a, dhidden if h_mask is None else torch.zeros_like(dhidden))
+    da = mixture.nothing(len(group.parts[0].reading_x))  # [T, S*ER]
+    da_columns = iter(da.chunk(len(group.parts[0].reading_x), dim=1) if da.shape[1] else ())
+    reading = [
+        (name, a, next(da_columns), table.factors.transpose(1, 2))
+        for name, a, table in (("1", a1, mixture.table1), ("3", a3, mixture.table3))
+        if a is not None and table is not None
+    ]
+    for slot in range(group.experts.shape[1]):
+        ranks, weight = mixture.ranks[slot], mixture.weights[slot]
+        u1, u3 = mixture.preactivations(slot)
         silu = torch.nn.functional.silu(u1)
         h = silu * u3
         dh = dhidden
         if dlowered is not None and from_down is not None:
-            z = dlowered.gather(1, ranks)  # [N, R]
-            dh = from_down.weighted_rows(ranks, z)
+            z = dlowered.gather(1, ranks)  # [T, R]
+            dh = from_down.weighted_rows(mixture.rows[slot], z)
             masked_h = h
-            if inputs.h_mask is not None:
-                dh.mul_(inputs.h_mask).add_(dhidden)
-                masked_h = h * inputs.h_mask
-            sums.add("down_a", matmul(mixture.columns(z * weight, ranks), masked_h))
+            if h_mask is not None:
+                dh.mul_(h_mask).add_(dhidden)
+                masked_h = h * h_mask
+            sums.add("down_a", transposed_times(mixture.columns(z * weight, slot), masked_h, group.lengths))
         dgates[:, slot] = _row_dot(dh, h)
         dh = dh * weight if dh is dhidden else dh.mul_(weight)
         du3 = silu.mul_(dh)
         du1 = torch.ops.aten.silu_backward(dh.mul_(u3), u1)
-        for name, du, a, da, b in (("1", du1, a1, da1, mixture.b1), ("3", du3, a3, da3, mixture.b3)):
-            if a is not None and da is not None and b is not None:
-                da.scatter_(1, ranks, matmul_t(du, b).gather(1, ranks))
-                sums.add(f"db{name}", matmul(mixture.columns(a.gather(1, ranks), ranks), du))
+        for name, a, own_da, factors in reading:
+            du = du1 if name == "1" else du3
+            own_da.scatter_(1, ranks, times(du, factors, group.lengths).gather(1, ranks))
+            sums.add(f"db{name}", transposed_times(mixture.columns(a.gather(1, ranks), slot), du, group.lengths))
         sums.add("dp1", du1)
         sums.add("dp3", du3)
-    dx, gate_grads, up_grads = _input_gradients(inputs, da1, da3, sums)
-    down_a, d_down = inputs.down_a, sums.get("down_a")
-    return FfnGradients(
-        dx=dx,
-        dp1=sums["dp1"],
-        dp3=sums["dp3"],
-        dgates=dgates,
-        gate=gate_grads,
-        up=up_grads,
-        down_a=d_down.view_as(down_a).to(down_a.dtype) if down_a is not None and d_down is not None else None,
-    )
+    dx, d_flat_a = _input_gradients(group, da) if reading else (None, None)
+    return GroupGradients(dx, sums["dp1"], sums["dp3"], dgates, _factor_gradients(group, d_flat_a, sums))
 
 
 class _Mixture:
-    """The routing of every slot, and the factors side by side in x's dtype.
+    """The routing of every slot, and the factors of gate and up side by side in x's dtype.
 
     Attributes:
-        ranks: LongTensor ``[N, R]`` a slot: where its expert's ranks stand among all ER.
-        weights: ``[N, 1]`` a slot.
-        b1: ``s B1^T`` of all experts, ``[ER, F]``; likewise b3.
-        down_a: A2 of all experts, ``[ER, F]``.
+        ranks: LongTensor ``[T, R]`` a slot: where its expert's ranks stand among all ER of its adapter.
+        rows: LongTensor ``[T, R + 1]`` a slot: where they stand in a table, and the token's own row.
+        weights: ``[T, 1]`` a slot.
+        table1: of ``s B1^T`` and p1; None without experts on the gate. Likewise table3.
     """
 
-    def __init__(self, inputs: FfnInputs, a1: Tensor | None, a3: Tensor | None) -> None:
-        dtype = inputs.p1.dtype
-        self._inputs, self._a1, self._a3 = inputs, a1, a3
-        within = torch.arange(inputs.rank, device=inputs.experts.device)
-        self.ranks = [experts[:, None] * inputs.rank + within for experts in inputs.experts.unbind(1)]
-        self.weights = [gates[:, None].to(dtype) for gates in inputs.gates.unbind(1)]
-        self.b1 = inputs.gate.flat_b(dtype, inputs.scaling) if inputs.gate else None
-        self.b3 = inputs.up.flat_b(dtype, inputs.scaling) if inputs.up else None
-        self._table1 = _Table(self.b1, inputs.p1) if self.b1 is not None else None
-        self._table3 = _Table(self.b3, inputs.p3) if self.b3 is not None else None
-        self.down_a = inputs.down_a.to(dtype).flatten(0, 1) if inputs.down_a is not None else None
+    def __init__(self, group: FfnGroup, a1: Tensor | None, a3: Tensor | None) -> None:
+        device, width = group.experts.device, group.num_experts * group.rank
+        self._group, self._width = group, width
+        within = torch.arange(group.rank, device=device)
+        self.ranks = [experts[:, None] * group.rank + within for experts in group.experts.unbind(1)]
+        self.weights = [gates[:, None].to(group.p1.dtype) for gates in group.gates.unbind(1)]
+        own = torch.arange(len(group.parts) * width, len(group.parts) * width + group.p1.shape[0], device=device)
+        offset = _offsets(group.lengths, width, device)
+        self.rows = [
+            torch.cat([ranks if offset is None else ranks + offset, own[:, None]], dim=1) for ranks in self.ranks
+        ]
+        bases = (a1, [part.gate for part in group.parts], group.p1), (a3, [part.up for part in group.parts], group.p3)
+        self.table1, self.table3 = (
+            _Table(_flat_b(group, stacks), base) if a is not None else None for a, stacks, base in bases
+        )
+        self._bases = (a1, self.table1, group.p1), (a3, self.table3, group.p3)
 
-    def preactivations(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
-        """``u1`` and ``u3`` of each token's expert, ``[N, F]``, never the base products themselves."""
-        bases = ((self._inputs.p1, self._a1, self._table1), (self._inputs.p3, self._a3, self._table3))
+    def preactivations(self, slot: int) -> tuple[Tensor, Tensor]:
+        """``u1`` and ``u3`` of each token's expert, ``[T, F]``, never the base products themselves."""
+        ranks, rows = self.ranks[slot], self.rows[slot]
         u1, u3 = (
-            base.clone() if a is None or table is None else table.weighted_rows(ranks, a.gather(1, ranks))
-            for base, a, table in bases
+            base.clone() if a is None or table is None else table.weighted_rows(rows, a.gather(1, ranks))
+            for a, table, base in self._bases
         )
         return u1, u3
 
-    def nothing_lowered(self) -> Tensor | None:
-        """Zeros for C, ``[N, ER]``; None without down experts."""
-        p1 = self._inputs.p1
-        return p1.new_zeros(p1.shape[0], self.down_a.shape[0]) if self.down_a is not None else None
+    def nothing(self, stacks: int) -> Tensor:
+        """Zeros for all ranks of some stacks, ``[T, stacks * ER]``."""
+        return self._group.p1.new_zeros(self._group.p1.shape[0], stacks * self._width)
 
-    def columns(self, values: Tensor, ranks: Tensor) -> Tensor:
-        """Each token's ``[N, R]`` at its expert's ranks among all, zeros elsewhere, as ``[ER, N]``.
-
-        Laid out so because oneDNN multiplies a narrow operand faster when it need not transpose it.
-        """
-        wide = values.new_zeros(self._inputs.num_experts * self._inputs.rank, values.shape[0])
-        return wide.scatter_(0, ranks.T, values.T)
+    def columns(self, values: Tensor, slot: int) -> Tensor:
+        """Each token's ``[T, R]`` at its expert's ranks among all, zeros elsewhere, for ``transposed_times``."""
+        return columns_by_part(values, self.ranks[slot], self._width, self._group.lengths)
 
 
 class _Table:
-    """Rows of a factor that tokens take in sums, each behind a row of its own.
+    """Rows of the factors that tokens take in sums, each behind a row of its own.
 
     The own rows stand in the table too, so that one pass writes the whole sum.
 
     Args:
-        factor: ``[ER, F]``.
-        own: ``[N, F]``.
+        factors: ``[P, ER, F]``.
+        own: ``[T, F]``.
     """
 
-    def __init__(self, factor: Tensor, own: Tensor) -> None:
-        self._rows = torch.cat([factor, own])
-        self._own = torch.arange(factor.shape[0], self._rows.shape[0], device=own.device)[:, None]  # [N, 1]
+    def __init__(self, factors: Tensor, own: Tensor) -> None:
+        self.factors = factors
+        self._rows = torch.cat([factors.flatten(0, 1), own])
 
-    def weighted_rows(self, ranks: Tensor, weights: Tensor) -> Tensor:
-        """``own + sum_j weights_j factor[ranks_j]`` of every token, accumulated wide, ``[N, F]``.
+    def weighted_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``own + sum_j weights_j factor[rows_j]`` of every token, accumulated wide, ``[T, F]``.
 
         Args:
-            ranks: LongTensor ``[N, R]``.
-            weights: ``[N, R]`` in the table's dtype.
+            rows: LongTensor ``[T, R + 1]``, the last the token's own.
+            weights: ``[T, R]`` in the table's dtype.
         """
-        rows = torch.cat([ranks, self._own], dim=1)
         all_weights = torch.cat([weights, weights.new_ones(()).expand(weights.shape[0], 1)], dim=1)
         return torch.nn.functional.embedding_bag(rows, self._rows, per_sample_weights=all_weights, mode="sum")
 
@@ -273,31 +204,70 @@ class _Sums(dict[str, Tensor]):
             self[name] = term
 
 
-def _input_gradients(
-    inputs: FfnInputs, da1: Tensor | None, da3: Tensor | None, sums: _Sums
-) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-    """The gradients of x and of the stacks that read it, the gate's and the up projection's."""
-    found = {"db1": (inputs.gate, da1), "db3": (inputs.up, da3)}
-    reading = [(name, stack, da) for name, (stack, da) in found.items() if stack is not None and da is not None]
-    if not reading:
-        return None, None, None
-    da = reading[0][2] if len(reading) == 1 else torch.cat([da for _, _, da in reading], dim=1)
-    dx = matmul(da, _side_by_side([stack for _, stack, _ in reading], da.dtype))
-    if inputs.x_mask is not None:
-        dx.mul_(inputs.x_mask)
-    d_flat_a = matmul(da.T.contiguous(), inputs.masked_x).chunk(len(reading))
-    grads: dict[str, tuple[Tensor, Tensor]] = {}
-    for (name, stack, _), d_a in zip(reading, d_flat_a, strict=True):
-        d_lora_b = torch.empty_like(stack.lora_b, memory_format=torch.contiguous_format)
-        d_lora_b.copy_(sums[name].view(inputs.num_experts, -1, sums[name].shape[1]).transpose(1, 2))
-        d_lora_a = torch.empty_like(stack.lora_a, memory_format=torch.contiguous_format)
-        grads[name] = d_lora_a.copy_(d_a.view_as(stack.lora_a)), d_lora_b.mul_(inputs.scaling)
-    return dx, grads.get("db1"), grads.get("db3")
+def _offsets(lengths: list[int], width: int, device: torch.device) -> Tensor | None:
+    """Where each token's adapter begins in a table, LongTensor ``[T, 1]``; None: all in the first."""
+    if len(lengths) == 1:
+        return None
+    return torch.cat([torch.full((n, 1), i * width, device=device) for i, n in enumerate(lengths)])
 
 
-def _side_by_side(stacks: list[ExpertFactors], dtype: torch.dtype) -> Tensor:
-    """All A of several stacks, ``[stacks * ER, in]``."""
-    return torch.cat([stack.flat_a(dtype) for stack in stacks])
+def _side_by_side(group: FfnGroup) -> Tensor:
+    """A of the experts of all stacks that read x, ``[P, S*ER, D]``."""
+    stacks = [stack.lora_a for part in group.parts for stack in part.reading_x]
+    return _joined(stacks, group.p1.dtype).view(len(group.parts), -1, group.x.shape[1])
+
+
+def _flat_down_a(group: FfnGroup) -> Tensor | None:
+    """A of all down experts, ``[P, ER, F]``."""
+    stacks = [part.down_a for part in group.parts if part.down_a is not None]
+    return _joined(stacks, group.p1.dtype).view(len(group.parts), -1, group.p1.shape[1]) if stacks else None
+
+
+def _joined(stacks: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """``[E, R, in]`` below each other in a dtype, ``[stacks * ER, in]``."""
+    if len(stacks) == 1:
+        return stacks[0].to(dtype).flatten(0, 1)
+    return torch.cat([stack.flatten(0, 1) for stack in stacks]).to(dtype)
+
+
+def _flat_b(group: FfnGroup, stacks: list[ExpertFactors | None]) -> Tensor:
+    """``s B^T`` of all experts of one projection, ``[P, ER, F]``."""
+    shape = len(stacks), group.num_experts, group.rank, group.p1.shape[1]
+    flat = group.p1.new_empty(shape)
+    for own, part, stack in zip(flat.unbind(0), group.parts, stacks, strict=True):
+        assert stack is not None
+        torch.mul(stack.lora_b.transpose(1, 2), part.scaling, out=own)
+    return flat.flatten(1, 2)
+
+
+def _input_gradients(group: FfnGroup, da: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the A that read it, ``[T, D]`` and ``[P, S*ER, D]``."""
+    dx = times(da, _side_by_side(group), group.lengths)
+    if (x_mask := group.x_mask) is not None:
+        dx.mul_(x_mask)
+    return dx, transposed_times(columns_by_part(da, None, da.shape[1], group.lengths), group.masked_x, group.lengths)
+
+
+def _factor_gradients(group: FfnGroup, d_flat_a: Tensor | None, sums: _Sums) -> list[FactorGradients]:
+    """Each part's own, in its factors' dtype, contiguous and each in memory of its own."""
+    found = []
+    for i, part in enumerate(group.parts):
+        d_as = iter(d_flat_a[i].chunk(len(part.reading_x)) if d_flat_a is not None else ())
+        pairs: list[tuple[Tensor, Tensor] | None] = []
+        for name, stack in (("db1", part.gate), ("db3", part.up)):
+            if stack is None:
+                pairs.append(None)
+                continue
+            d_lora_a = torch.empty_like(stack.lora_a, memory_format=torch.contiguous_format)
+            d_lora_b = torch.empty_like(stack.lora_b, memory_format=torch.contiguous_format)
+            d_lora_b.copy_(sums[name][i].unflatten(0, stack.lora_a.shape[:2]).transpose(1, 2))
+            pairs.append((d_lora_a.copy_(next(d_as).view_as(d_lora_a)), d_lora_b.mul_(part.scaling)))
+        d_down = None
+        if part.down_a is not None and "down_a" in sums:
+            d_down = torch.empty_like(part.down_a, memory_format=torch.contiguous_format)
+            d_down.copy_(sums["down_a"][i].view_as(d_down))
+        found.append(FactorGradients(pairs[0], pairs[1], d_down))
+    return found
 
 
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Letters: N tokens of one adapter, D model, F ffn, E experts, K top-k, R rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -198,60 +198,48 @@ class MixLora(nn.Module):
         """``[N, D]``, the layer's input, to ``[N, E]`` in at least float32."""
         return ops.wide_linear(self._jittered(x, segment, batch), self.gate_.weight)
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """Mixtures that agree in it can run together: top-k, and the experts' number and rank on each projection."""
+        shapes = [(name, *factors.lora_a.shape[:2]) for name, factors in self.factors.items()]
+        return self.top_k_, *sorted(shapes)
+
     def forward(
         self,
         x: ops.Recomputable,
         gate: Tensor,
         up: Tensor,
         router_logits: Tensor,
-        segment: Segment,
+        segments: Sequence[Segment],
         batch: ForwardBatch,
+        beside: Sequence["MixLora"] = (),
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix the experts of this adapter's tokens.
+        """Mix the experts of this adapter's tokens, and of its neighbours', each adapter's with its own.
 
         Args:
-            x: the layer's input, ``[N, D]``, and how to compute it again.
-            gate: frozen gate projection of x, ``[N, F]``.
-            up: frozen up projection of x, ``[N, F]``.
-            router_logits: ``[N, E]``.
-            segment: the adapter's tokens.
+            x: the layer's input, ``[T, D]``, and how to compute it again.
+            gate: frozen gate projection of x, ``[T, F]``.
+            up: frozen up projection of x, ``[T, F]``.
+            router_logits: ``[T, E]``.
+            segments: each adapter's tokens, this one's first.
             batch: the forward they belong to.
+            beside: the mixtures of the other segments, of the same layout.
 
         Returns:
-            Hidden features ``[N, F]`` for the frozen down projection, and what the down experts add behind it
-            ``[N, D]`` (None without down experts).
+            Hidden features ``[T, F]`` for the frozen down projection, and what the down experts add behind it
+            ``[T, D]`` (None without down experts).
         """
         gates, experts = route(router_logits, self.top_k_)
-        return self._mixlora_forward(x, gate, up, gates, experts, segment, batch)
+        return _mixlora_forward((self, *beside), x, gate, up, gates, experts, segments, batch)
 
-    def _mixlora_forward(
-        self,
-        x: ops.Recomputable,
-        gate: Tensor,
-        up: Tensor,
-        gates: Tensor,
-        experts: Tensor,
-        segment: Segment,
-        batch: ForwardBatch,
-    ) -> tuple[Tensor, Tensor | None]:
-        stacks = {name: ops.ExpertFactors(stack.lora_A, stack.lora_B) for name, stack in self.stacks_.items()}
+    @property
+    def factors(self) -> dict[str, ops.ExpertFactors]:
+        """The stacks' factors by projection."""
+        return {name: ops.ExpertFactors(stack.lora_A, stack.lora_B) for name, stack in self.stacks_.items()}
 
-        def mask(input_name: str, like: Tensor) -> Tensor | None:
-            return batch.dropout_mask(segment, self.seed_, self.dropout_, self.layer_idx_, input_name, like)
-
-        return ops.mixlora_ffn(
-            x,
-            gate,
-            up,
-            gates,
-            experts,
-            gate=stacks.get("gate_proj"),
-            up=stacks.get("up_proj"),
-            down=stacks.get("down_proj"),
-            scaling=self.scaling_,
-            x_mask=mask("mlp_in", x.value) if stacks.keys() & {"gate_proj", "up_proj"} else None,
-            h_mask=mask("mlp_hidden", gate) if "down_proj" in stacks else None,
-        )
+    def mask(self, input_name: str, like: Tensor, segment: Segment, batch: ForwardBatch) -> Tensor | None:
+        """Dropout mask of the experts' input."""
+        return batch.dropout_mask(segment, self.seed_, self.dropout_, self.layer_idx_, input_name, like)
 
     def _jittered(self, x: ops.Recomputable, segment: Segment, batch: ForwardBatch) -> ops.Recomputable:
         if not batch.training or self.jitter_noise_ == 0.0:
@@ -260,6 +248,28 @@ class MixLora(nn.Module):
         wide = x.value.to(self.gate_.weight.dtype)
         low, high = 1 - self.jitter_noise_, 1 + self.jitter_noise_
         return ops.Recomputable(wide * uniform_noise(tuple(wide.shape), low, high, like=wide, key=key))
+
+
+def _mixlora_forward(
+    mixtures: Sequence[MixLora],
+    x: ops.Recomputable,
+    gate: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    segments: Sequence[Segment],
+    batch: ForwardBatch,
+) -> tuple[Tensor, Tensor | None]:
+    parts, downs = [], []
+    for mixture, segment in zip(mixtures, segments, strict=True):
+        stacks = mixture.factors
+        of_gate, of_up, down = (stacks.get(name) for name in FFN_PROJECTIONS)
+        x_mask = mixture.mask("mlp_in", x.value, segment, batch) if of_gate or of_up else None
+        h_mask = mixture.mask("mlp_hidden", gate, segment, batch) if down else None
+        length, down_a = segment.end - segment.start, down.lora_a if down else None
+        parts.append(ops.FfnPart(length, of_gate, of_up, down_a, mixture.scaling_, x_mask, h_mask))
+        downs += [down] if down else []
+    return ops.mixlora_ffn_group(x, gate, up, gates, experts, parts, downs)
 
 
 def route(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

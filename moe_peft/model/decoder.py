@@ -3,6 +3,7 @@
 Letters: T tokens, D model, F ffn, H query heads, G key-value heads, d features per head, E experts.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -130,32 +131,46 @@ class LlamaMLP(nn.Module):
             hidden = ops.Recomputable(ops.swiglu(gate, up), "swiglu", (gate, up))
             (y,) = project(hidden, (self.down_proj,), answering)
             return y, (None,) * len(moes)
-        mixed: list[Tensor] = []
+        logits = [
+            None if moe is None else moe.router_logits(seen, segment, batch)
+            for moe, segment, seen in zip(moes, batch.segments, whole.split(_lengths(batch)), strict=True)
+        ]
+        runs = _runs(moes)
+        lengths = [sum(_lengths(answering)[first:last]) for first, last in runs]
+        mixed: list[Tensor] = []  # one entry a run
         deltas: list[Tensor | None] = []
-        router_logits: list[Tensor | None] = []
-        for moe, segment, seen, part, own, p1, p3 in zip(
-            moes,
-            batch.segments,
-            whole.split(_lengths(batch)),
-            answering.segments,
-            rows.split(_lengths(answering)),
-            _split(gate, _lengths(answering)),
-            _split(up, _lengths(answering)),
-            strict=True,
+        for (first, last), own, p1, p3 in zip(
+            runs, rows.split(lengths), _split(gate, lengths), _split(up, lengths), strict=True
         ):
-            if moe is None:
-                hidden_rows, delta, logits = ops.swiglu(p1, p3), None, None
+            if moes[first] is None:
+                hidden_rows, delta = ops.swiglu(p1, p3), None
             else:
-                logits = moe.router_logits(seen, segment, batch)
-                kept = answering.rows_within(part) if answering is not batch else None
-                own_logits = logits if kept is None else logits.index_select(0, kept)
-                hidden_rows, delta = moe(own, p1, p3, own_logits, part, answering)
+                parts = answering.segments[first:last]
+                seen_logits = [one for one in logits[first:last] if one is not None]
+                if answering is not batch:
+                    kept = [answering.rows_within(part) for part in parts]
+                    seen_logits = [
+                        one if at is None else one.index_select(0, at)
+                        for one, at in zip(seen_logits, kept, strict=True)
+                    ]
+                beside = moes[first + 1 : last]
+                hidden_rows, delta = moes[first](own, p1, p3, _join(seen_logits), parts, answering, beside)
             mixed.append(hidden_rows)
             deltas.append(delta)
-            router_logits.append(logits)
         y = self.down_proj(_join(mixed), answering)  # [T_answering, D]
-        pieces = zip(_split(y, _lengths(answering)), deltas, strict=True)
-        return _join([own if delta is None else own + delta for own, delta in pieces]), tuple(router_logits)
+        pieces = zip(_split(y, lengths), deltas, strict=True)
+        return _join([own if delta is None else own + delta for own, delta in pieces]), tuple(logits)
+
+
+def _runs(moes: list[Any]) -> list[tuple[int, int]]:
+    """First and behind the last of neighbours that run together: mixtures of one layout, or segments without any."""
+    layouts = [None if moe is None else moe.layout for moe in moes]
+    runs, first = [], 0
+    for _, group in itertools.groupby(layouts):
+        last = first + len(list(group))
+        runs.append((first, last))
+        first = last
+    return runs
 
 
 def _lengths(batch: ForwardBatch) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from builders import assert_error_like, assert_relative
 
 from moe_peft.kernels.mixlora_ffn import plan, reference
-from moe_peft.kernels.mixlora_ffn.reference import ExpertFactors, FfnInputs
+from moe_peft.kernels.mixlora_ffn.inputs import ExpertFactors, FfnInputs
 
 kernel = pytest.importorskip("moe_peft.kernels.mixlora_ffn.kernel")
 
