@@ -21,7 +21,6 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
-
 def pytest_collection_modifyitems(items):
     """Tests marked ``gpu`` are skipped, not passed, where there is none."""
     if not torch.cuda.is_available():
