@@ -13,6 +13,7 @@ from timing import seconds_of
 from torch import Tensor
 
 from moe_peft.adapters.lora import PROJECTIONS, target_linears
+from moe_peft.kernels.products import matmul, matmul_t
 from moe_peft.model.llama import LlamaForCausalLM
 
 _HEAD_CHUNK = 2**26  # most logits at once
@@ -39,9 +40,7 @@ class BaseGemms:
         linears = [linear for _, _, linear in target_linears(model, PROJECTIONS)]
         widths = {width for linear in linears for width in (linear.in_features, linear.out_features)}
         options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-        # What is read and what is written are apart: a product may not overwrite its operand.
         self._read = {width: torch.randn(num_rows, width, **options) for width in widths}
-        self._written = {width: torch.empty(num_rows, width, **options) for width in widths}
         vocab = model.config_.vocab_size
         self._chunk = min(num_rows, max(1, _HEAD_CHUNK // vocab))
         self._logits = torch.randn(self._chunk, vocab, **options)
@@ -62,14 +61,14 @@ class BaseGemms:
         hidden = self._model.config_.hidden_size
         for start in range(0, num_labelled, self._chunk):
             rows = min(self._chunk, num_labelled - start)
-            torch.mm(self._read[hidden][:rows], head.t(), out=self._logits[:rows])
-            torch.mm(self._logits[:rows], head, out=self._written[hidden][:rows])
+            matmul_t(self._read[hidden][:rows], head)
+            matmul(self._logits[:rows], head)
 
     def _products(self, weight: Tensor, rows: int, needs_dx: bool) -> None:
         outputs, inputs = weight.shape  # [O, I]
-        torch.mm(self._read[inputs][:rows], weight.t(), out=self._written[outputs][:rows])
+        matmul_t(self._read[inputs][:rows], weight)
         if needs_dx:
-            torch.mm(self._read[outputs][:rows], weight, out=self._written[inputs][:rows])
+            matmul(self._read[outputs][:rows], weight)
 
 
 def step_flops(model: LlamaForCausalLM, batch: Batch, trainable_per_token: float) -> float:

@@ -112,6 +112,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     try:
         options.dtype = parse_dtype(options.dtype) or torch.float32
         options.device = parse_device(options.device)
+        if options.device.type == "cuda":
+            torch.cuda.set_device(options.device)
         names = [text if text[:1].isdigit() else f"{options.adapters}x{text}" for text in options.compare]
         options.variants = [parse_variant(name.removeprefix("1x")) for name in names]
         if len(set(names)) < len(names):

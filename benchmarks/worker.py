@@ -40,6 +40,8 @@ def serve(build: Callable[[dict[str, Any]], Step]) -> None:
     settings = json.loads(sys.stdin.readline())
     torch.set_num_threads(settings["num_threads"])
     on_gpu = torch.device(settings["device"]).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(settings["device"])
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     step = build(settings)
     answer({"torch": torch.__version__, "threads": torch.get_num_threads()})

@@ -12,6 +12,6 @@ def without_gaps(items: Iterable[Tensor | None]) -> tuple[list[Tensor], list[boo
 
 
 def with_gaps(tensors: Iterable[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
-    """The list that ``without_gaps`` was given; tensors behind the last place are left to an iterator's owner."""
+    """The list that ``without_gaps`` was given."""
     rest: Iterator[Tensor] = iter(tensors)
     return [next(rest) if here else None for here in present]

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,21 @@ def runs_kernel(x: Tensor) -> bool:
     Kernels accumulate in float32, which would waste float64; and not every platform with a GPU has Triton.
     """
     return x.is_cuda and x.dtype != torch.float64 and _has_triton()
+
+
+_Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
+
+
+def on_its_device(launcher: _Launcher) -> _Launcher:
+    """A launcher of kernels that runs them on the GPU of its first tensor, which need not be the current one."""
+
+    @functools.wraps(launcher)
+    def guarded(first: Any, *arguments: Any, **settings: Any) -> Any:
+        tensor = first[0] if isinstance(first, (list, tuple)) else getattr(first, "p1", first)
+        with torch.cuda.device_of(tensor):
+            return launcher(first, *arguments, **settings)
+
+    return guarded  # type: ignore[return-value]
 
 
 class Operator:

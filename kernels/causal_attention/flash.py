@@ -82,12 +82,13 @@ def _window(window: int | None, boundaries: Sequence[int]) -> dict[str, Any]:
 def _determinism(wanted: bool) -> Iterator[None]:
     """Flash attention's backward asks a global setting of torch how to add up; it stands here for one call."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # Not use_deterministic_algorithms, which also writes into inductor's settings.
+    torch._C._set_deterministic_algorithms(wanted or before[0], warn_only=False)
     filling = torch.utils.deterministic
     filled = filling.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(wanted or before[0])
     filling.fill_uninitialized_memory = filled and before[0]  # type: ignore[attr-defined]  # a pass over each output
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
         filling.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

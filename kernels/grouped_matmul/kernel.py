@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registration import on_its_device
+
 # Programs that fill a large GPU's some 130 multiprocessors twice.
 _ENOUGH_PROGRAMS = 264
 
@@ -137,16 +139,19 @@ def _product(rows: Tensor, weights: Tensor, offsets: Tensor, width: int, strides
     return out
 
 
+@on_its_device
 def grouped_matmul_forward(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """As the reference's."""
     return _product(x, weights, offsets, weights.shape[1], (1, weights.shape[2]))
 
 
+@on_its_device
 def grouped_matmul_dx(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """As the reference's."""
     return _product(dy, weights, offsets, weights.shape[2], (weights.shape[2], 1))
 
 
+@on_its_device
 def grouped_matmul_dw(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """As the reference's. A tile's rows are added in their order, or in parts whose sums are added in theirs."""
     dy, x = dy.contiguous(), x.contiguous()

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registration import on_its_device
+
 # What a chunk's logits may take; the two products around a launch run at full speed long before.
 CHUNK_BYTES = 256 << 20
 MAX_BLOCK = 4096
@@ -44,6 +46,7 @@ def _cross_entropy(logits, targets, nll, row_stride, V, BLOCK: tl.constexpr, WIT
             tl.store(x + column, gradient.to(logits.dtype.element_ty), mask=column < V)
 
 
+@on_its_device
 def linear_cross_entropy_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..registration import on_its_device
 from .kernel_segments import gradient, narrow, widen
 from .reference import Gradients, LoraRange
 from .tables import Layout, Tables, build_tables
@@ -57,6 +58,7 @@ def _masks(ranges: Sequence[LoraRange], x: Tensor) -> tuple[Tensor | None, list[
     return table.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else table, kept
 
 
+@on_its_device
 def lora_linear_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], ranges: Sequence[LoraRange]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -84,6 +86,7 @@ def lora_linear_forward(
     return outputs, lowered
 
 
+@on_its_device
 def lora_linear_backward(
     d_outputs: Sequence[Tensor],
     x: Tensor,

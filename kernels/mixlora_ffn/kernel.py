@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..registration import on_its_device
 from . import plan
 from .inputs import ExpertFactors, FfnGradients, FfnInputs
 from .kernel_backward import token_gradients_kernel
@@ -99,6 +100,7 @@ class _Launch:
         return out
 
 
+@on_its_device
 def mixlora_ffn_forward(inputs: FfnInputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Hidden features of the mixture, before the down projection.
 
@@ -119,6 +121,7 @@ def mixlora_ffn_forward(inputs: FfnInputs) -> tuple[Tensor, Tensor | None, Tenso
     return hidden, launch.spread(partial) if partial is not None else None, a1, a3
 
 
+@on_its_device
 def mixlora_ffn_backward(
     inputs: FfnInputs, dhidden: Tensor, dlowered: Tensor | None, a1: Tensor | None, a3: Tensor | None
 ) -> FfnGradients:

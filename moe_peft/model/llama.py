@@ -1,7 +1,6 @@
 """The frozen LLaMA with adapters, from token ids to losses.
 
-Letters: T tokens, D model, F ffn, H query heads, G key-value heads, d features per head, V vocabulary, E experts,
-N rows with a label.
+Letters: T tokens, D model, V vocabulary, N rows with a label.
 """
 
 import bisect
@@ -21,7 +20,7 @@ from moe_peft.model.linear import AdapterDict, frozen_linear, wide_dtype
 from moe_peft.model.rope import rotary_table
 from moe_peft.model.targets import Targets
 
-LONG_SAMPLE = 256
+LONG_SAMPLE = 256  # tokens from which attention over a whole sample is worth a launch of its own
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
 
