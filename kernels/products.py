@@ -7,21 +7,31 @@ Zen 5: 180 against 400 GFLOP/s); 16-bit types go to oneDNN already.
 import torch
 from torch import Tensor
 
+# Tokens from which a forward product goes to oneDNN. For the few of generation there is nothing to gain, and MKL's
+# results depend less on how many are multiplied at once: neighbours in a batch move logits less.
+MANY = 128
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` of ``[rows, I]`` and ``[O, I]``; either may be a transposed view."""
+    """``x W^T + b`` of ``[tokens, I]`` and ``[O, I]``; either may be a transposed view."""
+    if x.shape[0] >= MANY:
+        return _product(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def matmul_t(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T`` of ``[tokens, I]`` and ``[O, I]``; either may be a transposed view."""
+    return linear(a, b)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of ``[rows, I]`` and ``[I, O]``, as backwards need it; either may be a transposed view."""
+    return _product(a, b.T, None)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if on_onednn and x.numel() and weight.numel():  # it takes no empty operand
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return torch.nn.functional.linear(x, weight, bias)
-
-
-def matmul_t(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T`` of ``[rows, I]`` and ``[O, I]``; either may be a transposed view."""
-    return linear(a, b)
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of ``[rows, I]`` and ``[I, O]``; either may be a transposed view."""
-    return linear(a, b.T)

@@ -6,7 +6,16 @@ from builders import assert_error_like, assert_relative
 
 from moe_peft.kernels import products
 
-SIZES = [(1, 1, 1), (1, 7, 3), (7, 1, 5), (3, 5, 1), (13, 31, 17), (33, 64, 65), (129, 257, 63)]  # rows, I, O
+SIZES = [
+    (130, 31, 17),
+    (1, 1, 1),
+    (1, 7, 3),
+    (7, 1, 5),
+    (3, 5, 1),
+    (13, 31, 17),
+    (33, 64, 65),
+    (129, 257, 63),
+]  # rows, I, O
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "x transposed", "weight transposed", "both transposed", "columns", "rows"]
 

@@ -389,7 +389,7 @@ def test_absent_adapters_cost_nothing(present, checkpointing):
 def test_an_expert_alone_asks_neither_the_router_nor_the_mixture(monkeypatch):
     model = make_model(torch.float32)
     routers = {key: parameter for key, parameter in model.named_parameters() if key.endswith("gate_.weight")}
-    monkeypatch.setattr(ops, "mixlora_ffn", lambda *_, **__: pytest.fail("no mixture runs"))
+    monkeypatch.setattr(ops, "mixlora_ffn_group", lambda *_, **__: pytest.fail("no mixture runs"))
     forward, back = counted(model, make_runs((EXPERT,), "several turns"), routers)
     assert len(routers) == 6  # two layers of three mixtures
     assert not forward.touched | back.touched
