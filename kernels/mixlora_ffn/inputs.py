@@ -58,21 +58,6 @@ class FfnInputs:
     h_mask: Tensor | None
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return self._one_stack.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self._one_stack.shape[1]
-
-    @property
-    def _one_stack(self) -> Tensor:
-        stacks = (self.gate.lora_a if self.gate else None, self.up.lora_a if self.up else None, self.down_a)
-        return next(stack for stack in stacks if stack is not None)
-
-    @property
     def masked_x(self) -> Tensor:
         """What the gate and up experts read."""
         return self.x if self.x_mask is None else self.x * self.x_mask

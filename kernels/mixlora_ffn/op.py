@@ -57,10 +57,9 @@ def _forward(x: Tensor, *flat: Any) -> list[Tensor]:
 def _forward_fake(x: Tensor, *flat: Any) -> list[Tensor]:
     group = _group(x, *flat)
     p1, part = group.p1, group.parts[0]
-    stack = next(a for a in (part.down_a, *(pair.lora_a for pair in part.reading_x)) if a is not None)
-    all_ranks = stack.shape[0] * stack.shape[1]
+    all_ranks = group.num_experts * group.rank
     # For backward the kernels keep the chosen experts' ranks alone.
-    own_ranks = group.experts.shape[1] * stack.shape[1] if runs_kernel(p1) else all_ranks
+    own_ranks = group.experts.shape[1] * group.rank if runs_kernel(p1) else all_ranks
     widths = [all_ranks] if part.down_a is not None else []
     widths += [own_ranks] * len(part.reading_x)
     return [torch.empty_like(p1), *(p1.new_empty(p1.shape[0], width) for width in widths)]

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registration import on_its_device
+
 
 @triton.jit
 def _forward(x_ptr, weight_ptr, y_ptr, rstd_ptr, N, D, EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -49,6 +51,7 @@ def _blocks(rows: int, size: int) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(rows, block_n),), {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps}
 
 
+@on_its_device
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference's, with x read once."""
     x = x.contiguous()
@@ -58,17 +61,16 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     rstd = torch.empty((*x.shape[:-1], 1), dtype=wide, device=x.device)
     if rstd.numel():
         grid, blocks = _blocks(rstd.numel(), size)
-        with torch.cuda.device_of(x):
-            _forward[grid](x, weight.contiguous(), y, rstd, rstd.numel(), size, EPS=eps, **blocks)
+        _forward[grid](x, weight.contiguous(), y, rstd, rstd.numel(), size, EPS=eps, **blocks)
     return y, rstd
 
 
+@on_its_device
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """As the reference's, with dy and x read once."""
     dy, x, size = dy.contiguous(), x.contiguous(), x.shape[-1]
     dx = torch.empty_like(x)
     if rstd.numel():
         grid, blocks = _blocks(rstd.numel(), size)
-        with torch.cuda.device_of(x):
-            _backward[grid](dy, x, weight.contiguous(), rstd, dx, rstd.numel(), size, **blocks)
+        _backward[grid](dy, x, weight.contiguous(), rstd, dx, rstd.numel(), size, **blocks)
     return dx

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registration import on_its_device
+
 
 @triton.jit
 def _turn(
@@ -40,24 +42,24 @@ def _turn(
     tl.store(y + HALF, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def rotary_forward(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """As the reference's; x is read where it lies, whatever its strides."""
     tokens, heads, size = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         block_h, block_half = triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)
-        with torch.cuda.device_of(x):
-            _turn[(tokens,)](
-                x,
-                cos.contiguous(),
-                sin.contiguous(),
-                y,
-                *x.stride(),
-                heads,
-                size // 2,
-                SIGN=-1.0 if back else 1.0,
-                BLOCK_H=block_h,
-                BLOCK_HALF=block_half,
-                num_warps=min(8, max(1, block_h * block_half // 256)),
-            )
+        _turn[(tokens,)](
+            x,
+            cos.contiguous(),
+            sin.contiguous(),
+            y,
+            *x.stride(),
+            heads,
+            size // 2,
+            SIGN=-1.0 if back else 1.0,
+            BLOCK_H=block_h,
+            BLOCK_HALF=block_half,
+            num_warps=min(8, max(1, block_h * block_half // 256)),
+        )
     return y

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registration import on_its_device
+
 BLOCK = 1024
 
 
@@ -41,21 +43,21 @@ def _backward(dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, size, BLOCK: tl.cons
     tl.store(dup_ptr + offsets, (dh * gate * sigmoid).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """As the reference's, with one rounding."""
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate)
     if gate.numel():
-        with torch.cuda.device_of(gate):
-            _forward[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, h, gate.numel(), BLOCK=BLOCK)
+        _forward[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, h, gate.numel(), BLOCK=BLOCK)
     return h
 
 
+@on_its_device
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """As the reference's, with every tensor read once."""
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     if gate.numel():
-        with torch.cuda.device_of(gate):
-            _backward[(triton.cdiv(gate.numel(), BLOCK),)](dh, gate, up, dgate, dup, gate.numel(), BLOCK=BLOCK)
+        _backward[(triton.cdiv(gate.numel(), BLOCK),)](dh, gate, up, dgate, dup, gate.numel(), BLOCK=BLOCK)
     return dgate, dup

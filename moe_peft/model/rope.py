@@ -118,19 +118,3 @@ def _attention_factor(scaling: RopeScaling | None) -> float:
     if scaling.mscale and scaling.mscale_all_dim:
         return temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
     return temperature(1.0)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the feature pairs ``(i, i + d/2)`` of every head.
-
-    Args:
-        x: queries or keys ``[T, H, d]``.
-        cos: ``[T, 1, d]``, at least float32.
-        sin: ``[T, 1, d]``, at least float32.
-
-    Returns:
-        ``[T, H, d]`` in x's dtype.
-    """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)

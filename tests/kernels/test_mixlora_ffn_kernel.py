@@ -102,7 +102,9 @@ def truth(case):
     for t, (x, p1, p3) in enumerate(zip(given.x, given.p1, given.p3, strict=True)):
         if given.x_mask is not None:
             x = x * given.x_mask[t]
-        h_sum, c = torch.zeros_like(p1), [torch.zeros(1, dtype=torch.float64)] * given.num_experts
+        stacks = (given.gate and given.gate.lora_a, given.up and given.up.lora_a, given.down_a)
+        num_experts = next(len(stack) for stack in stacks if stack is not None)
+        h_sum, c = torch.zeros_like(p1), [torch.zeros(1, dtype=torch.float64)] * num_experts
         for slot, e in enumerate(chosen[t]):
             u1 = p1 + s * given.gate.lora_b[e] @ given.gate.lora_a[e] @ x if given.gate else p1
             u3 = p3 + s * given.up.lora_b[e] @ given.up.lora_a[e] @ x if given.up else p3
