@@ -4,6 +4,9 @@
 Zen 5: 180 against 400 GFLOP/s); 16-bit types go to oneDNN already.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -35,3 +38,23 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return torch.nn.functional.linear(x, weight, bias)
+
+
+@contextmanager
+def products_of_16_bits(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, batched float32 products of ``dtype``'s values run twice as fast on a CPU that has bfloat16.
+
+    oneDNN rounds float32 factors to bfloat16, which changes nothing in bfloat16's own values, and adds their products
+    up in float32: torch has no product of bfloat16 tensors with a float32 result on a CPU. The switch is the whole
+    process's: float32 products that another thread begins meanwhile are rounded, too.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch makes it at import
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

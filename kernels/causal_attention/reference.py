@@ -8,12 +8,14 @@ Letters: T tokens, B samples of a rectangle, L their length, H query heads, G ke
 M = B * G products of a batch, q queries of a block, s keys that they see.
 """
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..products import matmul_t
+from ..products import matmul_t, products_of_16_bits
 from .rectangles import rectangles
 
 BLOCK = 64
@@ -22,8 +24,8 @@ SHORT = 128
 # From this length a head of a sample is work enough for a product of its own, and its blocks may be larger.
 LONG = 1024
 LONG_BLOCK = 256
-# Scores of a block over all of a batch's products: 4 MB in float32 for a CPU's cache, 256 MB for a GPU's memory.
-BATCH_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Scores of a block over all of a batch's products: 16 MB in float32 for a CPU's cache, 256 MB for a GPU's memory.
+BATCH_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def causal_attention_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequence[int], window: int | None) -> Tensor:
@@ -42,18 +44,21 @@ def causal_attention_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequen
     Returns:
         ``[T, H, d]``.
     """
+    wide = _wide(q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for rectangle in rectangles(tuple(boundaries)):
         room = rectangle.room(out)
         tensors = [rectangle.take(x) for x in (q, k, v)]  # [B, L, ...]
         for q_part, k_part, v_part, out_part in _batches(*tensors, room):
-            keys, values = _side_by_side(k_part, 1), _side_by_side(v_part, 1)  # [M, L, d]
-            keys = keys.to(_wide(q.dtype)) * q.shape[2] ** -0.5
             share = q_part.shape[2] // k_part.shape[2]
-            for first, start, end, mask in _blocks(rectangle.length, window, share, keys):
-                q_rows = _side_by_side(q_part[:, start:end], share)  # [M, q * n, d]
-                p = _probabilities(q_rows, keys[:, first:end], mask)
-                _write(out_part[:, start:end], p @ values[:, first:end], share)
+            rows, keys, values = _side_by_side(q_part, share), _side_by_side(k_part, 1), _side_by_side(v_part, 1)
+            scores = _Scores(rows, keys)
+            mixed = torch.empty_like(rows)
+            for first, start, end, mask in _blocks(rectangle.length, window, share, wide, q.device):
+                own = slice(start * share, end * share)
+                p = scores.probabilities(own, slice(first, end), mask)  # [M, q * n, s]
+                torch.bmm(p, values[:, first:end], out=mixed[:, own])
+            _write(out_part, mixed, share)
         rectangle.put(out, room)
     return out
 
@@ -85,19 +90,21 @@ def causal_attention_backward(
         for q_part, k_part, v_part, d_part, dq_part, dk_part, dv_part in _batches(
             *tensors, rectangle.take_filled(d_out), *rooms
         ):
-            keys, values = _side_by_side(k_part, 1), _side_by_side(v_part, 1)  # [M, L, d]
-            wide_keys = keys.to(wide) * scale
-            dk, dv = torch.zeros((2, *keys.shape), dtype=wide, device=q.device)
             share = q_part.shape[2] // k_part.shape[2]
-            for first, start, end, mask in _blocks(rectangle.length, window, share, wide_keys):
-                q_rows = _side_by_side(q_part[:, start:end], share)  # [M, q * n, d]
-                d_rows = _side_by_side(d_part[:, start:end], share)
-                p = _probabilities(q_rows, wide_keys[:, first:end], mask)  # [M, q * n, s]
-                dp = d_rows @ values[:, first:end].mT
+            rows, d_rows = _side_by_side(q_part, share), _side_by_side(d_part, share)  # [M, L * n, d]
+            keys, values = _side_by_side(k_part, 1), _side_by_side(v_part, 1)  # [M, L, d]
+            scores = _Scores(rows, keys)
+            dk, dv = torch.zeros((2, *keys.shape), dtype=wide, device=q.device)
+            dq = torch.empty_like(rows)
+            for first, start, end, mask in _blocks(rectangle.length, window, share, wide, q.device):
+                own, seen = slice(start * share, end * share), slice(first, end)
+                p = scores.probabilities(own, seen, mask)  # [M, q * n, s]
+                dp = d_rows[:, own] @ values[:, seen].mT
                 d_scores = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - the row's sum of p * dp)
-                _write(dq_part[:, start:end], (d_scores @ keys[:, first:end]).mul_(scale), share)
-                dv[:, first:end] += p.mT @ d_rows
-                dk[:, first:end] += d_scores.mT @ q_rows
+                torch.bmm(d_scores, keys[:, seen], out=dq[:, own])
+                dv[:, seen] += p.mT @ d_rows[:, own]
+                dk[:, seen] += d_scores.mT @ rows[:, own]
+            _write(dq_part, dq.mul_(scale), share)
             _write(dk_part, dk.mul_(scale), 1)
             _write(dv_part, dv, 1)
         for gradient, room in zip(gradients, rooms, strict=True):
@@ -139,27 +146,50 @@ def _write(out: Tensor, x: Tensor, share: int) -> None:
     out.unflatten(2, (groups, share)).copy_(x.view(samples, groups, tokens, share, -1).transpose(1, 2))
 
 
-def _blocks(length: int, window: int | None, share: int, like: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+@functools.lru_cache(maxsize=256)  # the layers of a step ask for the same ones
+def _blocks(
+    length: int, window: int | None, share: int, wide: torch.dtype, device: torch.device
+) -> tuple[tuple[int, int, int, Tensor], ...]:
     """First key, first query and end of every block; and what its last keys' scores are raised by, 0 or -inf."""
     size = _block_size(length)
-    shape, mask = (0, 0), like
+    blocks: list[tuple[int, int, int, Tensor]] = []
+    masks: dict[tuple[int, int], Tensor] = {}
     for start in range(0, length, size):
         end = min(start + size, length)
         first = 0 if window is None else max(0, start - window + 1)
         queries, past = end - start, 0 if window is None or window >= length else start - first
-        if shape != (queries, past):
-            shape = (queries, past)
-            mask = like.new_full((queries, past + queries), -torch.inf)
+        if (queries, past) not in masks:
+            mask = torch.full((queries, past + queries), -torch.inf, dtype=wide, device=device)
             mask = mask.triu(past + 1) + mask.tril(past - (window or length))
-            mask = mask.repeat_interleave(share, 0)  # [q * n, past + q]
-        yield first, start, end, mask
+            masks[queries, past] = mask.repeat_interleave(share, 0)  # [q * n, past + q]
+        blocks.append((first, start, end, masks[queries, past]))
+    return tuple(blocks)
 
 
-def _probabilities(q_rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """``[M, q * n, s]`` in q's dtype from ``[M, q * n, d]`` and the scaled keys ``[M, s, d]`` in a wide one."""
-    scores = _product(q_rows.to(keys.dtype), keys)
-    scores[..., -mask.shape[1] :] += mask
-    return torch.softmax(scores, -1, out=scores).to(q_rows.dtype)
+class _Scores:
+    """Attention's probabilities of a batch, computed block by block in at least float32.
+
+    Args:
+        rows: queries ``[M, L * n, d]``.
+        keys: ``[M, L, d]``.
+    """
+
+    def __init__(self, rows: Tensor, keys: Tensor) -> None:
+        wide, scale = _wide(rows.dtype), keys.shape[2] ** -0.5
+        self._dtype = rows.dtype
+        # A power of two changes no digit of the keys, which so stay values of their own dtype; often that is all of it.
+        power = 2.0 ** math.floor(math.log2(scale))
+        self._rest = scale / power
+        self._rows, self._keys = rows.to(wide), keys.to(wide) * power
+
+    def probabilities(self, own: slice, seen: slice, mask: Tensor) -> Tensor:
+        """``[M, q * n, s]`` in the queries' own dtype; ``mask`` raises the last of the keys' scores."""
+        with products_of_16_bits(self._dtype):
+            scores = _product(self._rows[:, own], self._keys[:, seen])
+        if self._rest != 1:
+            scores *= self._rest
+        scores[..., -mask.shape[1] :] += mask
+        return torch.softmax(scores, -1, out=scores).to(self._dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

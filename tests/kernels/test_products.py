@@ -125,3 +125,27 @@ def test_without_onednn_torch_multiplies(monkeypatch):
     x, weight, bias = make(6, 7, 3, torch.float32)
     monkeypatch.setattr(products, "hasattr", lambda *_: False, raising=False)
     assert torch.equal(products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_float32_products_of_bfloat16_values_stay_those_of_float32():
+    a, b = (torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(i)).bfloat16().float() for i in (1, 2))
+    with products.products_of_16_bits(torch.bfloat16):
+        found = a @ b.mT
+    truth = a.double() @ b.double().mT
+    floor = (a.double().abs() @ b.double().abs().mT).norm().item()
+    assert_error_like(found, a @ b.mT, truth, torch.float32, "product", floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_the_switch_of_products_goes_back(dtype, before):
+    switch = torch.backends.mkldnn.matmul
+    at_first = switch.fp32_precision
+    switch.fp32_precision = before
+    try:
+        with pytest.raises(RuntimeError, match="from inside"), products.products_of_16_bits(dtype):
+            assert switch.fp32_precision == ("bf16" if dtype == torch.bfloat16 else before)
+            raise RuntimeError("from inside")
+        assert switch.fp32_precision == before
+    finally:
+        switch.fp32_precision = at_first
