@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..products import linear, matmul, matmul_t
+from ..products import add_matmul_, linear, matmul, matmul_t
 
 Factors = tuple[Tensor, Tensor]  # lora_a [R, I] and lora_b [O, R]
 
@@ -110,7 +110,7 @@ def lora_linear_backward(
     if needs_dx:
         dx = matmul(d_outputs[0], weights[0])
         for dy, weight in zip(d_outputs[1:], weights[1:], strict=True):
-            dx.add_(matmul(dy, weight))
+            add_matmul_(dx, dy, weight)
     gradients: Gradients = []
     for part, a in zip(ranges, lowered, strict=True):
         # The narrow operand is transposed for real: oneDNN multiplies it faster so.

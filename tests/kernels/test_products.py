@@ -127,6 +127,18 @@ def test_without_onednn_torch_multiplies(monkeypatch):
     assert torch.equal(products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_product_is_added_to_what_is_there(size, dtype):
+    x, weight, _ = make(*size, dtype)
+    before = torch.randn(size[0], size[2], generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
+    truth = before.double() + x.double() @ weight.double().T
+    floor = (before.double().abs() + x.double().abs() @ weight.double().abs().T).norm().item()
+    found = before.clone()
+    products.add_matmul_(found, x, weight.T)
+    assert_error_like(found, before + x @ weight.T, truth, dtype, "sum", floor)
+
+
 def test_float32_products_of_bfloat16_values_stay_those_of_float32():
     a, b = (torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(i)).bfloat16().float() for i in (1, 2))
     with products.products_of_16_bits(torch.bfloat16):
