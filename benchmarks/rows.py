@@ -47,8 +47,10 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     """Commit, device, threads and versions."""
     on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     packages = ("numpy", "triton") if on_gpu else ("numpy",)
+    # Rows measured a moment ago are no change of what is measured.
+    changed = _git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
     return {
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {

@@ -10,16 +10,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .products import matmul
+from .products import linear, matmul
 
 
 def times(x: Tensor, matrices: Tensor, lengths: Sequence[int]) -> Tensor:
     """``x_p M_p`` of ``[T, I]`` and ``[P, I, O]``, ``[T, O]``."""
     if len(lengths) == 1:
-        return matmul(x, matrices[0])
+        return linear(x, matrices[0].mT)
     if _batched(x, lengths):
         return torch.bmm(x.unflatten(0, (len(lengths), -1)), matrices).flatten(0, 1)
-    return torch.cat([matmul(rows, matrix) for rows, matrix in zip(x.split(list(lengths)), matrices, strict=True)])
+    cut = list(lengths)
+    return torch.cat([linear(rows, matrix.mT) for rows, matrix in zip(x.split(cut), matrices, strict=True)])
+
+
+def add_times_(out: Tensor, x: Tensor, matrices: Tensor, lengths: Sequence[int]) -> None:
+    """``out_p += x_p M_p`` of ``[T, O]``, ``[T, I]`` and ``[P, I, O]``."""
+    if _batched(x, lengths):
+        parts = len(lengths), -1
+        out.unflatten(0, parts).baddbmm_(x.unflatten(0, parts), matrices)
+        return
+    cut = list(lengths)
+    for own, rows, matrix in zip(out.split(cut), x.split(cut), matrices, strict=True):
+        own.addmm_(rows, matrix)
 
 
 def transposed_times(columns: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -44,7 +56,7 @@ def columns_by_part(values: Tensor, places: Tensor | None, width: int, lengths: 
         width: rows of the result.
         lengths: the parts' n.
     """
-    if len(lengths) > 1 and _batched(values, lengths):
+    if _batched(values, lengths):
         turned = values.unflatten(0, (len(lengths), -1)).transpose(1, 2)  # [P, R, n]
         if places is None:
             return turned.contiguous()
@@ -57,4 +69,4 @@ def columns_by_part(values: Tensor, places: Tensor | None, width: int, lengths: 
 
 def _batched(x: Tensor, lengths: Sequence[int]) -> bool:
     """16-bit batches are oneDNN's; those of float32 would be MKL's (see ``products``)."""
-    return x.element_size() == 2 and min(lengths) == max(lengths) > 0
+    return len(lengths) > 1 and x.element_size() == 2 and min(lengths) == max(lengths) > 0

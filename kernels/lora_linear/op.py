@@ -61,7 +61,7 @@ def _forward(x: Tensor, *arguments: Any) -> list[Tensor]:
 def _forward_fake(x: Tensor, *arguments: Any) -> list[Tensor]:
     *flat, _, _, _ = arguments
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in flat[1]]
-    return [*outputs, *(x.new_empty(part.end - part.start, part.columns()[-1].stop) for part in _ranges(*flat))]
+    return [*outputs, *(x.new_empty(part.end - part.start, sum(part.ranks)) for part in _ranges(*flat))]
 
 
 def _backward(d_outputs: _Tensors, lowered: _Tensors, needs_dx: bool, *arguments: Any) -> list[Tensor]:

@@ -24,6 +24,8 @@ LAYOUTS = {
     "gaps": [(1, 3, (1, 0, 0), False), (4, 5, (4, 2, 8), True), (8, 10, (7, 0, 3), False)],
     "side by side": [(0, 2, (2, 3, 1), True), (2, 9, (16, 4, 5), True), (9, 11, (5, 0, 2), False)],
     "out of order": [(7, 11, (2, 2, 2), False), (0, 4, (3, 1, 0), True)],
+    "of one make": [(1, 4, (2, 0, 3), False), (4, 7, (2, 0, 3), False), (7, 10, (2, 0, 3), False)],
+    "of one make, masked": [(0, 5, (3, 1, 0), True), (5, 10, (3, 1, 0), True)],
     "an empty range": [(4, 4, (5, 2, 0), True), (4, 11, (3, 0, 1), False)],
 }
 TOKENS = 11
