@@ -21,7 +21,7 @@ from moe_peft.kernels.linear_cross_entropy import reference as linear_cross_entr
 from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
 from moe_peft.kernels.lora_linear import reference as lora_linear_reference
 from moe_peft.kernels.lora_linear.op import lora_linear
-from moe_peft.kernels.lora_linear.reference import LoraRange
+from moe_peft.kernels.lora_linear.ranges import LoraRange
 from moe_peft.kernels.mixlora_ffn import reference as mixlora_ffn_reference
 from moe_peft.kernels.mixlora_ffn.inputs import ExpertFactors, FfnInputs
 from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn

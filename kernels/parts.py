@@ -23,17 +23,6 @@ def times(x: Tensor, matrices: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([linear(rows, matrix.mT) for rows, matrix in zip(x.split(cut), matrices, strict=True)])
 
 
-def add_times_(out: Tensor, x: Tensor, matrices: Tensor, lengths: Sequence[int]) -> None:
-    """``out_p += x_p M_p`` of ``[T, O]``, ``[T, I]`` and ``[P, I, O]``."""
-    if _batched(x, lengths):
-        parts = len(lengths), -1
-        out.unflatten(0, parts).baddbmm_(x.unflatten(0, parts), matrices)
-        return
-    cut = list(lengths)
-    for own, rows, matrix in zip(out.split(cut), x.split(cut), matrices, strict=True):
-        own.addmm_(rows, matrix)
-
-
 def transposed_times(columns: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """``columns_p x_p`` of ``[R, T]`` or, of parts of one length, ``[P, R, n]``, and ``[T, I]``; ``[P, R, I]``."""
     if len(lengths) == 1:

@@ -3,7 +3,7 @@
 from moe_peft.kernels.causal_attention.op import causal_attention
 from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
 from moe_peft.kernels.lora_linear.op import lora_linear
-from moe_peft.kernels.lora_linear.reference import LoraRange
+from moe_peft.kernels.lora_linear.ranges import LoraRange
 from moe_peft.kernels.mixlora_ffn.inputs import ExpertFactors, FfnPart
 from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn_group
 from moe_peft.kernels.recompute import Recomputable

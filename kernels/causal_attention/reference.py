@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..products import matmul_t, products_of_16_bits
-from .rectangles import rectangles
+from ..rectangles import rectangles
 
 BLOCK = 64
 # Up to this length the scores above the diagonal cost less than a second block's launches.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..registration import on_its_device
 from .kernel_segments import gradient, narrow, widen
-from .reference import Gradients, LoraRange
+from .ranges import Gradients, LoraRange
 from .tables import Layout, Tables, build_tables
 
 

@@ -10,7 +10,7 @@ from ..frozen_linear.op import frozen_linear
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator, runs_kernel
-from .reference import LoraRange
+from .ranges import LoraRange
 
 _Tensors = Sequence[Tensor]
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .reference import LoraRange
+from .ranges import LoraRange
 
 # Columns of a factor table: start, end, rank, column, width, narrow offset, factor offset, scaling (the bits of a
 # float), first chunk, number of chunks.

@@ -9,8 +9,8 @@ from test_registration import opcheck, recorded
 
 from moe_peft.kernels.causal_attention import reference
 from moe_peft.kernels.causal_attention.op import _causal_attention, causal_attention
-from moe_peft.kernels.causal_attention.rectangles import LONE, MOST_PADDING, rectangles
 from moe_peft.kernels.causal_attention.reference import BLOCK
+from moe_peft.kernels.rectangles import LONE, MOST_PADDING, rectangles
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -9,7 +9,7 @@ from test_registration import opcheck, recorded
 from torch.nn.functional import linear
 
 from moe_peft.kernels.lora_linear.op import _lora_linear, lora_linear
-from moe_peft.kernels.lora_linear.reference import LoraRange
+from moe_peft.kernels.lora_linear.ranges import LoraRange
 from moe_peft.kernels.recompute import Recomputable
 from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.swiglu.op import swiglu
@@ -26,6 +26,8 @@ LAYOUTS = {
     "out of order": [(7, 11, (2, 2, 2), False), (0, 4, (3, 1, 0), True)],
     "of one make": [(1, 4, (2, 0, 3), False), (4, 7, (2, 0, 3), False), (7, 10, (2, 0, 3), False)],
     "of one make, masked": [(0, 5, (3, 1, 0), True), (5, 10, (3, 1, 0), True)],
+    "of one make, other lengths": [(0, 4, (2, 3, 1), False), (4, 7, (2, 3, 1), False), (7, 10, (2, 3, 1), False)],
+    "of one make, other lengths, masked": [(1, 6, (2, 0, 1), True), (6, 10, (2, 0, 1), True)],
     "an empty range": [(4, 4, (5, 2, 0), True), (4, 11, (3, 0, 1), False)],
 }
 TOKENS = 11

@@ -7,7 +7,7 @@ import torch
 from builders import assert_error_like
 
 from moe_peft.kernels.lora_linear.kernel import lora_linear_backward, lora_linear_forward
-from moe_peft.kernels.lora_linear.reference import LoraRange
+from moe_peft.kernels.lora_linear.ranges import LoraRange
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

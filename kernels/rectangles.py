@@ -39,8 +39,8 @@ class Rectangle:
     def take(self, x: Tensor) -> Tensor:
         """The rectangle's tokens ``[B, L, ...]`` out of all ``[T, ...]``; a view where it lies there whole."""
         if self.whole:
-            return x[self.samples[0][0] : self.samples[-1][1]].unflatten(0, (-1, self.length))
-        return x.index_select(0, _places(self, x.device).tokens).unflatten(0, (-1, self.length))
+            return x[self.samples[0][0] : self.samples[-1][1]].unflatten(0, (len(self.samples), self.length))
+        return x.index_select(0, _places(self, x.device).tokens).unflatten(0, (len(self.samples), self.length))
 
     def take_filled(self, x: Tensor) -> Tensor:
         """As ``take``, with zeros for the padding."""
@@ -49,6 +49,11 @@ class Rectangle:
         taken = self.take(x)
         taken.flatten(0, 1).index_fill_(0, _places(self, x.device).padding, 0)
         return taken
+
+    def rows(self, part: Tensor) -> Tensor:
+        """``[B, L, ...]`` to the tokens in it that are no padding, ``[n, ...]``."""
+        flat = part.flatten(0, 1)
+        return flat if self.whole else flat.index_select(0, _places(self, part.device).real)
 
     def room(self, x: Tensor) -> Tensor:
         """Where to write what belongs into the rectangle's tokens of ``x``, ``[B, L, ...]``, before ``put``."""
