@@ -145,11 +145,12 @@ class TrainingStep:
         self.losses = [outcome.loss for outcome in outcomes]
         for run, outcome in zip(self._runs, outcomes, strict=True):
             if not run.take_in(outcome):
-                raise RuntimeError(f"adapter {run.job.name}: {run.failure}")
+                raise RuntimeError(f"adapter {run.job.name}: {outcome.failure}")
         norms = torch.stack([run.gradient_norm() for run in self._runs]).tolist()  # one transfer from a GPU
         for run, outcome, norm in zip(self._runs, outcomes, norms, strict=True):
-            if run.step(outcome.micro_batch, norm) is None:
-                raise RuntimeError(f"adapter {run.job.name}: {run.failure}")
+            row = run.step(outcome.micro_batch, norm)
+            if row.skipped is not None:
+                raise RuntimeError(f"adapter {run.job.name}: {row.skipped}")
 
 
 def _micro_batch(name: str, step: int, batch: Batch) -> MicroBatch:

@@ -135,16 +135,36 @@ def default_run_table(rows: Sequence[Row]) -> str:
     return markdown(["a whole run", "time", "held-out losses", "peak memory"], lines)
 
 
+def many_adapters_table(rows: Sequence[Row]) -> str:
+    """Many adapters fused, beside one after another."""
+    lines = []
+    for row in rows:
+        for number, figures in row["fused"].items():
+            beside_peft = figures.get("ratio_to_peft")
+            lines.append(
+                [
+                    f"{row['case']}: {number} fused",
+                    readable(figures["tokens_per_second"]["median"]),
+                    _times(figures["ratio"]),
+                    _times(beside_peft) if beside_peft else "",
+                    _memory(figures["peak_memory_gb"]),
+                ]
+            )
+    header = ["many adapters", "tokens/s", "ours one by one", "peft one by one", "peak memory"]
+    return markdown(header, lines)
+
+
 # What the README shows, in this order.
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "peers": peers_table,
+    "many_adapters": many_adapters_table,
     "step": step_table,
     "default_run": default_run_table,
 }
 
 
 def draw(rows: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
-    """A picture of the peers' ratios and one of our steps, each with a panel a machine.
+    """Pictures of the peers' ratios, of our steps (a panel a machine each), and of many adapters.
 
     Returns:
         The files.
@@ -157,7 +177,36 @@ def draw(rows: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
             path = folder / f"benchmarks-{name}.png"
             _save_panels(groups, panel, path)
             drawn.append(path)
+    if rows.get("many_adapters"):
+        drawn.append(_draw_many_adapters(rows["many_adapters"], folder / "benchmarks-many-adapters.png"))
     return drawn
+
+
+def _draw_many_adapters(rows: Sequence[Row], path: Path) -> Path:
+    """Tokens per second over the number of fused adapters, a panel a row; peft as a line to pass."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(rows), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        numbers = [int(number) for number in row["fused"]]
+        speeds = [figures["tokens_per_second"]["median"] for figures in row["fused"].values()]
+        axes.plot(numbers, speeds, marker="o", color=_BLUE, label="fused")
+        axes.axhline(speeds[0], color=_BLUE, linewidth=1, linestyle=":", label="one after another")
+        if row["peft"] is not None:
+            peft = row["peft"]["tokens_per_second"]["median"]
+            axes.axhline(peft, color=_GREY, linewidth=1, label="peft, one after another")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.set_ylim(bottom=0)
+        axes.set_title(row["case"].replace(", ", "\n", 1), fontsize=8, loc="left")
+        axes.set_xlabel("adapters that share a forward", fontsize=8)
+        axes.set_ylabel("tokens per second", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=_DPI)
+    return path
 
 
 def _save_panels(groups: Mapping[str, list[Row]], panel: Callable[[Any, list[Row]], None], path: Path) -> None:

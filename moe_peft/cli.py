@@ -11,6 +11,10 @@ from moe_peft.version import __version__
 # Each is a module of the package with main(argv) -> exit code, imported only when called.
 COMMANDS = {
     "train": "train adapters together on one frozen base model",
+    "submit": "add adapters to a run that is under way",
+    "status": "tell how far every adapter of a run is",
+    "stop": "end the training of single adapters of a run",
+    "report": "write one HTML page about a run",
     "generate": "answer prompts with a base model and its adapters",
 }
 

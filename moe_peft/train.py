@@ -15,12 +15,20 @@ Usage:
   python -m moe_peft.train                              the embedded default: three small tasks, a few minutes
   python -m moe_peft.train CONFIG [key=value ...]       your own config, YAML or JSON
   python -m moe_peft.train key=value [key=value ...]    the embedded default, changed
+  python -m moe_peft.train CONFIG base_model=MODEL      a config of the original MoE-PEFT, its adapters under "lora"
   (moe-peft train ... is the same command)
 
 Options:
+  --plan            print what the run would train, how much memory and how long it would take, and stop
+  --verify [N]      prove on N optimizer steps (3) that no adapter learns anything else than alone, and stop
+  --resume          go on with the run of the same config that is in output_dir, if there is one: the default
+  --no-resume       refuse a folder with a run in it
   --print-config    print the config with all its keys resolved, and stop; a start for your own
   --debug           show the traceback of an error
   -h, --help        show this text
+
+A run that was interrupted or killed goes on when the same command is given again, if output_dir names its folder:
+  python -m moe_peft.train runs/run-001/config.yaml
 
 A complete config:
 
@@ -43,6 +51,8 @@ Examples:
   python -m moe_peft.train --print-config > my.yaml
   python -m moe_peft.train my.yaml 'adapters.*.lr=1e-4' seed=1
 """
+
+VERIFY_STEPS = 3
 
 MINIMAL_CONFIG = """\
 base_model: smollm2-135m          # or a Hugging Face folder, a .gguf file, a hub id
@@ -80,14 +90,49 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], object] | None:
     """Reads the config and the data; returns the training itself."""
     config = read_config(arguments.config)
     if arguments.print_config:
-        print(config.to_yaml(), end="")
+        print("".join(f"# {remark}\n" for remark in config.remarks) + config.to_yaml(), end="")
         return None
+    for remark in config.remarks:
+        print(remark, flush=True)
     if not arguments.config:
         print("No config given: running the embedded default. --help says how to write your own.", flush=True)
+    reuse_freed_memory()
+    if arguments.plan:
+        _print_plan(config)
+        return None
+    if arguments.verify is not None:
+        _verify(config, arguments.verify)
+        return None
     from moe_peft.training.trainer import Trainer
 
-    reuse_freed_memory()
-    return Trainer(config).train
+    return Trainer(config, resume=arguments.resume).train
+
+
+def _print_plan(config: TrainConfig) -> None:
+    from rich.console import Console
+
+    from moe_peft.training.plan import print_plan
+
+    print_plan(config, Console())
+
+
+def _verify(config: TrainConfig, num_steps: int) -> None:
+    from moe_peft.training.errors import TrainingError
+    from moe_peft.training.proof import verify
+
+    if not verify(config, num_steps):
+        raise TrainingError("what an adapter learns beside the others is not what it learns alone: see the table above")
+
+
+def _with_number_of_steps(argv: Sequence[str]) -> list[str]:
+    """``--verify 5`` as ``--verify=5``, a bare ``--verify`` with the default: argparse would take a config for N."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] == "--verify" and argument.isdecimal():
+            joined[-1] = f"--verify={argument}"
+        else:
+            joined.append(argument)
+    return [f"--verify={VERIFY_STEPS}" if argument == "--verify" else argument for argument in joined]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser("python -m moe_peft.train", help_text)
     parser.add_argument("config", nargs="*", metavar="CONFIG | key=value")
     parser.add_argument("--print-config", action="store_true")
-    return run_command(parser, prepare, argv)
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--verify", type=int, metavar="N")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    return run_command(parser, prepare, _with_number_of_steps(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

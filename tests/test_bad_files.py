@@ -145,11 +145,11 @@ def test_a_loss_that_is_not_finite_is_a_failure_with_the_others_saved(
 ) -> None:
     entries = [adapter_entry("bad", "train.jsonl", lr=1e30), adapter_entry("good", "train.jsonl")]
     write_config(run_fields(base, *entries))
-    assert train(["config.yaml"]) == 1
+    assert train(["config.yaml"]) == 3
     text, errors = capsys.readouterr()
     assert errors == (
-        "error: adapter 'bad': loss=nan and aux_loss=0.0 must be finite "
-        "(after optimizer step 1; the weights of step 0 are kept)\n"
+        "error: adapter 'bad': failed: loss=nan and aux_loss=0.0 must be finite "
+        "(after optimizer step 3; the weights of step 0 are kept)\n"
     )
     assert "Traceback" not in text
     for name in ("bad", "good"):

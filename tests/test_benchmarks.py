@@ -95,3 +95,23 @@ def test_peers_runs_ours_beside_the_real_peft(tmp_path: Path) -> None:
     assert (above, below) == ("above", "below") and "old" not in table
     assert any(row["case"] in line and f"{row['ratio']['median']:.2f}x" in line for line in table)
     assert (picture_folder / "benchmarks-peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_many_adapters_fused_and_one_after_another(tmp_path: Path) -> None:
+    settings = ("--preset", "tiny", "--adapters", 1, 2, 4, "--longest", 20, "--dtype", "float32", "--rounds", 2)
+    peft = ("--python-peft", sys.executable, "--num-threads", 1, "--cache", tmp_path / "cache")
+    printed = run("many_adapters.py", *settings, *peft, "--results", tmp_path)
+    (row,) = rows(tmp_path, "many_adapters")
+    assert row["case"] in printed and set(row) >= ENVIRONMENT_KEYS
+    assert list(row["fused"]) == ["1", "2", "4"] and 4 * 2 * 16 <= row["tokens"] <= 4 * 2 * 20
+    for figures in (*row["fused"].values(), row["peft"]):
+        assert is_ordered(figures["tokens_per_second"]) and is_ordered(figures["ratio"])
+        assert 0.1 < figures["peak_memory_gb"] < 2.0
+    assert row["fused"]["1"]["ratio"]["median"] == row["peft"]["ratio_to_peft"]["median"] == 1.0
+
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+    run("report.py", "--results", tmp_path, "--readme", readme, "--pictures", tmp_path)
+    assert "4 fused" in readme.read_text()
+    assert (tmp_path / "benchmarks-many-adapters.png").read_bytes().startswith(b"\x89PNG")

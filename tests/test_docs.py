@@ -1,6 +1,7 @@
 """Every example in the docs and in ``--help`` is run, or at least read, by the code that it speaks of."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -35,7 +36,9 @@ RECORDS = {
         "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Good day."}]
     },
 }
-MODULE_COMMAND = re.compile(r"(?:\.venv/bin/)?python -m moe_peft\.(\w+)(?: |$)")
+MODULE_COMMAND = re.compile(r"(?:(?:\.venv/bin/)?python -m moe_peft\.|moe-peft )(\w+)(?: |$)")
+# Of a run under way: the run that these tests have is complete, which the commands say once they have read their line.
+OF_A_LIVE_RUN = {"submit", "stop"}
 TINY_ANSWERS = ("--base", "base", "--max-new-tokens", "4")
 
 
@@ -149,7 +152,7 @@ class Shell:
         if target is not None:
             words.pop()
         if module := MODULE_COMMAND.match(line):
-            output = self._run_module(module[1], words[words.index("-m") + 2 :])
+            output = self._run_module(module[1], words[words.index("-m") + 2 if "-m" in words else 2 :])
             if target is not None:
                 Path(target).write_text(output, encoding="utf-8")
         elif ".venv/bin/pip" in words:
@@ -167,6 +170,10 @@ class Shell:
 
     def _run_module(self, name: str, arguments: list[str]) -> str:
         assert name in cli.COMMANDS
+        if not arguments and name != "train":
+            arguments = ["--help"]  # the command is only named
+        if "--watch" in arguments:
+            arguments.remove("--watch")  # which is for a terminal
         if name == "train" and "--help" not in arguments:
             arguments = [*arguments, "--print-config"]
         if name == "generate" and "--help" not in arguments:
@@ -174,6 +181,9 @@ class Shell:
         self._monkeypatch.setattr(sys, "stdin", StringIO("Hello?\n/quit\n"))
         code = command(name).main(arguments)
         out, errors = self._capsys.readouterr()
+        if name in OF_A_LIVE_RUN and "--help" not in arguments:
+            assert code != 0 and re.search("is complete|has ended", errors), f"{name} {arguments}: {errors}"
+            return out
         assert (code, errors) == (0, ""), f"{name} {arguments}"
         assert out
         return out
@@ -202,6 +212,13 @@ def shell(
     """A fresh current folder with a base model, a run on it and prompts."""
     for name in ("base", "runs"):
         (tmp_path / name).symlink_to(base_and_run / name)
+    original = json.loads((ROOT / "tests" / "config" / "fixtures" / "original.json").read_text())
+    (tmp_path / "moe_peft.json").write_text(json.dumps(original["configs"]["lora"]["config"]), encoding="utf-8")
+    config = yaml.safe_load((base_and_run / "runs" / "run-001" / "config.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": None}), encoding="utf-8")
+    (tmp_path / "more.yaml").write_text(
+        "adapters: [{name: extra, method: lora, data: bundled:orders}]", encoding="utf-8"
+    )
     (tmp_path / "questions.jsonl").write_text('{"prompt": "What is a glacier?"}\n"And a lake?"\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return Shell(monkeypatch, capsys)
@@ -312,6 +329,12 @@ def test_links_and_named_files_lead_somewhere(page: Path) -> None:
         r"`([\w./-]+\.(?:py|md|txt|toml)|(?:moe_peft|kernels|tests|tools|docs|\.ci)/[\w./-]*)`", prose
     ):
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "moe_peft")), name
+
+
+def test_the_page_on_sweeps_names_the_members() -> None:
+    blocks = {block.language: block.text for block in blocks_of(ROOT / "docs" / "sweeps.md")}
+    config = TrainConfig.from_dict(yaml.safe_load(blocks["yaml"]))
+    assert blocks["text"].split() == [job.name for job in config.adapters]
 
 
 def anchors_of(page: Path) -> set[str]:

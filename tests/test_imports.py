@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Rooms, top first: a module imports its own row and rows below it. `model.batch` and `config` have rules of their own.
 ROWS = [
-    {"cli", "__main__", "train", "generate", "command"},
+    {"cli", "__main__", "train", "submit", "status", "stop", "report", "generate", "command"},
     {"__init__"},
     {"training"},
     {"generation"},
@@ -40,7 +40,17 @@ NEVER = {
     "shelve",
 }
 OUTSIDE = {"tests", "benchmarks", "tools"}
-HEAVY = {"gguf", "matplotlib", "rich", "tokenizers", "sentencepiece", "jinja2", "huggingface_hub", "triton"}
+HEAVY = {
+    "gguf",
+    "matplotlib",
+    "rich",
+    "tokenizers",
+    "sentencepiece",
+    "jinja2",
+    "huggingface_hub",
+    "triton",
+    "tensorboard",
+}
 
 
 @dataclass(frozen=True)

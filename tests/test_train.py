@@ -13,7 +13,7 @@ from moe_peft.config import AdapterJob, TrainConfig
 from moe_peft.config.job import adapter_keys
 from moe_peft.strict import field_names
 from moe_peft.train import MINIMAL_CONFIG, main, read_config
-from moe_peft.training.errors import TrainingError
+from moe_peft.training.errors import TrainingError, UnfinishedError
 
 
 def command(*argv: str, module: str = "moe_peft.train", cwd: Path | None = None) -> tuple[int, str, str]:
@@ -61,10 +61,13 @@ def test_the_config_goes_to_the_trainer_and_its_end_becomes_the_exit_code(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[TrainConfig] = []
-    ends: list[BaseException | None] = [None, KeyboardInterrupt(), TrainingError("loss is nan"), None]
+    ends: list[BaseException | None] = [
+        None, KeyboardInterrupt(), TrainingError("no room"), UnfinishedError("'qa': failed"), None
+    ]  # fmt: skip
 
     class Trainer:
-        def __init__(self, config: TrainConfig) -> None:
+        def __init__(self, config: TrainConfig, *, resume: bool) -> None:
+            assert resume
             seen.append(config)
 
         def train(self) -> None:
@@ -73,12 +76,43 @@ def test_the_config_goes_to_the_trainer_and_its_end_becomes_the_exit_code(
                 raise end
 
     monkeypatch.setitem(sys.modules, "moe_peft.training.trainer", SimpleNamespace(Trainer=Trainer))
-    assert [main([str(config_file), f"seed={seed}"]) for seed in range(3)] == [0, 130, 1]
-    assert [config.seed for config in seen] == [0, 1, 2]
-    assert capsys.readouterr() == ("", "interrupted\nerror: loss is nan\n")
+    assert [main([str(config_file), f"seed={seed}"]) for seed in range(4)] == [0, 130, 1, 3]
+    assert [config.seed for config in seen] == [0, 1, 2, 3]
+    assert capsys.readouterr() == ("", "interrupted\nerror: no room\nerror: 'qa': failed\n")
     assert main([]) == 0
     assert seen[-1] == TrainConfig.default()
     assert capsys.readouterr().out.startswith("No config given: running the embedded default.")
+
+
+def test_the_options_that_spend_nothing(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[object] = []
+    config = TrainConfig.from_file(config_file)
+
+    def verify(given: TrainConfig, num_steps: int) -> bool:
+        assert given == config
+        calls.append(num_steps)
+        return num_steps != 7
+
+    def trainer(given: TrainConfig, *, resume: bool) -> SimpleNamespace:
+        calls.append(resume)
+        return SimpleNamespace(train=lambda: None)
+
+    plan = SimpleNamespace(print_plan=lambda given, console: calls.append(given))
+    monkeypatch.setitem(sys.modules, "moe_peft.training.plan", plan)
+    monkeypatch.setitem(sys.modules, "moe_peft.training.proof", SimpleNamespace(verify=verify))
+    monkeypatch.setitem(sys.modules, "moe_peft.training.trainer", SimpleNamespace(Trainer=trainer))
+    path = str(config_file)
+    assert main([path, "--plan"]) == 0
+    for argv in ([path, "--verify"], ["--verify", path], ["--verify", "5", path], [path, "--verify=6"]):
+        assert main(argv) == 0
+    assert main([path, "--verify", "7"]) == 1
+    assert capsys.readouterr().err.startswith("error: what an adapter learns beside the others is not what it learns")
+    assert main([path, "--verify=x"]) == 2
+    assert main([path, "--no-resume"]) == 0
+    assert main([path, "--resume"]) == 0
+    assert calls == [config, 3, 3, 5, 6, 7, False, True]
 
 
 def test_print_config_prints_one_that_runs_the_same(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +131,10 @@ def test_print_config_prints_one_that_runs_the_same(config_file: Path, capsys: p
             "error: override 'other.yaml' must be written key=value, as in max_batch_tokens=2048\n",
         ),
         (["run.yaml", "adapters.qa.lr=0"], "error: run.yaml: adapters[0].lr=0.0 must be above 0\n"),
-        (["run.yaml", "--sed=1"], "error: unknown argument '--sed=1'; valid here: --debug, --help, --print-config"),
+        (
+            ["run.yaml", "--sed=1"],
+            "error: unknown argument '--sed=1'; valid here: --debug, --help, --no-resume, ",
+        ),
     ],
 )
 def test_mistakes_exit_with_2_and_one_line(

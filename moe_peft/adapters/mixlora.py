@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft import ops, strict
+from moe_peft.adapters.expert_lora import ExpertLoraConfig
 from moe_peft.adapters.lora import (
     ATTENTION_PROJECTIONS,
     FFN_PROJECTIONS,
@@ -49,6 +50,10 @@ class MixLoraConfig(LoraConfig):
     router_jitter_noise: float = field(
         default=0.0, metadata={"help": "in training the router's input is scaled by a draw from 1-noise..1+noise"}
     )
+    expert_lora: ExpertLoraConfig | None = field(
+        default=None,
+        metadata={"help": "r, lora_alpha, lora_dropout, use_rslora, init_lora_weights of experts that differ in them"},
+    )
 
     peft_type: ClassVar[str] = "MIXLORA"
     has_router: ClassVar[bool] = True
@@ -74,6 +79,7 @@ class MixLoraConfig(LoraConfig):
                 f"target_modules={list(self.targets)} must name at least one of {', '.join(FFN_PROJECTIONS)}: "
                 "a mixture without experts is plain LoRA"
             )
+        _ = self.expert_factors  # refuses what it cannot be made of
 
     @property
     def attention_targets(self) -> tuple[str, ...]:
@@ -84,6 +90,11 @@ class MixLoraConfig(LoraConfig):
     def expert_targets(self) -> tuple[str, ...]:
         """Target projections that carry experts."""
         return tuple(name for name in self.targets if name in FFN_PROJECTIONS)
+
+    @property
+    def expert_factors(self) -> LoraConfig:
+        """Settings of the experts' factors: the adapter's own, with what ``expert_lora`` changes."""
+        return (self.expert_lora or ExpertLoraConfig()).over(self)
 
     def attach(self, model: "LlamaForCausalLM", name: str, seed: int) -> None:
         """Put LoRA on attention, and a router with its experts on every feed-forward layer."""
@@ -167,10 +178,11 @@ class MixLora(nn.Module):
 
     def __init__(self, config: MixLoraConfig, mlp: "LlamaMLP", seed: int, name: str, layer_idx: int) -> None:
         super().__init__()
+        own = config.expert_factors
         self.top_k_ = config.top_k
         self.jitter_noise_ = config.router_jitter_noise
-        self.dropout_ = config.lora_dropout
-        self.scaling_ = config.scaling
+        self.dropout_ = own.lora_dropout
+        self.scaling_ = own.scaling
         self.seed_ = seed
         self.layer_idx_ = layer_idx
         base = mlp.gate_proj.base_layer_.weight
@@ -183,10 +195,8 @@ class MixLora(nn.Module):
         self.stacks_ = nn.ModuleDict()
         for projection in config.expert_targets:
             linear = getattr(mlp, projection)
-            factors = config.initial_factors(linear, (config.num_experts,), seed, name, layer_idx, projection)
-            self.stacks_[projection] = LoraStack(
-                *factors, scaling=config.scaling, dropout=config.lora_dropout, seed=seed
-            )
+            factors = own.initial_factors(linear, (config.num_experts,), seed, name, layer_idx, projection)
+            self.stacks_[projection] = LoraStack(*factors, scaling=own.scaling, dropout=own.lora_dropout, seed=seed)
 
     def stack_of(self, projection: str) -> LoraStack:
         """The stack of one projection."""
@@ -196,7 +206,8 @@ class MixLora(nn.Module):
 
     def router_logits(self, x: ops.Recomputable, segment: Segment, batch: ForwardBatch) -> Tensor:
         """``[N, D]``, the layer's input, to ``[N, E]`` in at least float32."""
-        return ops.wide_linear(self._jittered(x, segment, batch), self.gate_.weight)
+        logits: Tensor = ops.wide_linear(self._jittered(x, segment, batch), self.gate_.weight)
+        return logits if batch.replay is None else batch.replay.routed(self.layer_idx_, logits, self.top_k_)
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -247,7 +258,10 @@ class MixLora(nn.Module):
         key = batch.draw_key(segment, self.seed_, "jitter", self.layer_idx_)
         wide = x.value.to(self.gate_.weight.dtype)
         low, high = 1 - self.jitter_noise_, 1 + self.jitter_noise_
-        return ops.Recomputable(wide * uniform_noise(tuple(wide.shape), low, high, like=wide, key=key))
+        noise = batch.drawn_rows(
+            segment, lambda rows: uniform_noise((rows, wide.shape[1]), low, high, like=wide, key=key)
+        )
+        return ops.Recomputable(wide * noise)
 
 
 def _mixlora_forward(

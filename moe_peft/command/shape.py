@@ -14,8 +14,9 @@ SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 EXIT_CODES = """Exit codes:
   0    success
-  1    the run failed on its way (a loss that is not finite, a full disk)
+  1    the run failed on its way (a full disk, say)
   2    a mistake in the command, the config or the data, found before anything was written
+  3    the run came to its end, but an adapter failed, or was stopped or refused
   130  interrupted with Ctrl-C; 143: with SIGTERM"""
 
 # What the file system says of a path that the user gave; once running, our own files are meant.
@@ -105,7 +106,7 @@ def _verdict(error: Exception, *, running: bool, debug: bool) -> tuple[str, int]
     if isinstance(error, ValueError):
         return f"error: {error}", FAILURE if running else USAGE
     if isinstance(error, TrainingError):
-        return f"error: {error}", FAILURE
+        return f"error: {error}", error.exit_code
     # An error of torch can go on for pages; the traceback of --debug has them all.
     reason = (str(error).splitlines() or [""])[0]
     # torch.OutOfMemoryError by its name: not every command imports torch.

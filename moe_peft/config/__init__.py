@@ -2,5 +2,6 @@
 
 from moe_peft.config.job import AdapterJob
 from moe_peft.config.run import TrainConfig
+from moe_peft.config.sweep import Sweep
 
-__all__ = ["AdapterJob", "TrainConfig"]
+__all__ = ["AdapterJob", "Sweep", "TrainConfig"]

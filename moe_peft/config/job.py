@@ -8,7 +8,8 @@ from typing import Any, Literal
 from moe_peft import strict
 from moe_peft.adapters import METHODS
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+LONGEST_NAME = 100
+ADAPTER_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}")
 
 # The keys that only one optimizer reads; a value for the other one is refused rather than ignored.
 OPTIMIZER_KEYS = {"betas": "adamw", "eps": "adamw", "momentum": "sgd"}
@@ -85,6 +86,9 @@ class AdapterJob:
     )
     optimizer: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "adamw, or sgd"})
     lr: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    loraplus_lr_ratio: float = field(
+        default=1.0, metadata={"help": "lora_B factors learn at this many times lr (LoRA+); 1: at lr, as the others"}
+    )
     betas: tuple[float, float] = field(
         default=(0.9, 0.999), metadata={"help": "decay of the running means of gradient and squared gradient (adamw)"}
     )
@@ -111,7 +115,27 @@ class AdapterJob:
         default=None,
         metadata={"help": "optimizer steps between two evaluations; null: before the first and after the last only"},
     )
+    patience: int | None = field(
+        default=None,
+        metadata={"help": "evaluations in a row without a better eval_loss before it is stopped early; null: never"},
+    )
+    min_delta: float = field(
+        default=0.0, metadata={"help": "how much lower than the best an eval_loss must be to count as better"}
+    )
+    max_bad_steps: int = field(
+        default=3,
+        metadata={
+            "help": "steps in a row with a loss or gradient that is not finite, each of them skipped, before it fails"
+        },
+    )
     seed: int | None = field(default=None, metadata={"help": "of init, shuffling and dropout; null: the run's seed"})
+    sweep: str | None = field(
+        default=None,
+        metadata={
+            "help": "beside keys that hold lists: {halve_every: STEPS, keep: 0.5, metric: eval_loss} lets only the "
+            "better members go on; in a resolved config the name of the sweep it belongs to"
+        },
+    )
 
     def __post_init__(self) -> None:
         strict.check_fields(self)
@@ -138,10 +162,21 @@ class AdapterJob:
         require(self, "eval_steps", self.eval_steps is None or self.eval_steps >= 1, "be at least 1, or null")
         if self.eval_steps is not None and self.eval_data is None:
             raise ValueError(f"eval_steps={self.eval_steps} needs eval_data: there is nothing to evaluate on")
+        self._check_stopping()
         check_seed(self, self.seed)
+
+    def _check_stopping(self) -> None:
+        require(self, "patience", self.patience is None or self.patience >= 1, "be at least 1, or null")
+        if self.patience is not None and self.eval_steps is None:
+            raise ValueError(f"patience={self.patience} needs eval_steps: it counts evaluations")
+        require(self, "min_delta", self.min_delta >= 0, "be at least 0")
+        if self.min_delta and self.patience is None:
+            raise ValueError(f"min_delta={self.min_delta} needs patience: without it nothing is stopped early")
+        require(self, "max_bad_steps", self.max_bad_steps >= 1, "be at least 1")
 
     def _check_optimizer(self) -> None:
         require(self, "lr", self.lr > 0, "be above 0")
+        require(self, "loraplus_lr_ratio", self.loraplus_lr_ratio >= 1, "be at least 1")
         require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "both be in 0..1, 1 excluded")
         require(self, "eps", self.eps > 0, "be above 0")
         require(self, "momentum", 0 <= self.momentum < 1, "be in 0..1, 1 excluded")
@@ -193,8 +228,10 @@ def adapter_keys(method: object) -> tuple[str, ...]:
     """The keys that an adapter's entry in a file may have.
 
     Args:
-        method: a key of the registry; anything else (say, None where it is not known yet) gives all methods' keys.
+        method: a key of the registry, or a list of them to sweep over; anything else (say, None where it is not known
+            yet) gives all methods' keys.
     """
-    configs = [METHODS[method]] if isinstance(method, str) and method in METHODS else METHODS.values()
+    methods = method if isinstance(method, (list, tuple)) else [method]
+    configs = [METHODS[name] for name in methods if isinstance(name, str) and name in METHODS] or METHODS.values()
     job = [key for key in strict.field_names(AdapterJob) if key != "adapter"]
     return tuple(dict.fromkeys([*job, *(key for config in configs for key in strict.field_names(config))]))

@@ -10,51 +10,16 @@ from typing import Any, Literal
 import yaml
 
 from moe_peft import strict
+from moe_peft.config.entries import check_unique_names, read_entries
 from moe_peft.config.file import parse_mapping, read_mapping
-from moe_peft.config.job import OPTIMIZER_KEYS, AdapterJob, adapter_keys, check_seed, require
+from moe_peft.config.job import AdapterJob, adapter_keys, check_seed, require
+from moe_peft.config.original import as_ours
 from moe_peft.config.overrides import KnownKeys, apply_overrides
+from moe_peft.config.sweep import Sweep, check_sweeps
 
 
 def _run_keys() -> tuple[str, ...]:
     return (*strict.field_names(TrainConfig), "defaults")
-
-
-def _inherited(entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that can mean something to this entry: those of its method and of its optimizer."""
-    given = {**defaults, **entry}
-    keys, optimizer = adapter_keys(given.get("method")), given.get("optimizer", "adamw")
-    return {
-        key: value for key, value in defaults.items() if key in keys and OPTIMIZER_KEYS.get(key, optimizer) == optimizer
-    }
-
-
-def _jobs(entries: Sequence[Any], defaults: Mapping[str, Any]) -> list[AdapterJob]:
-    """The entries of ``adapters`` over the defaults; a default that reaches no entry is refused."""
-    run_remarks = dict.fromkeys(_run_keys(), "it is a key of the run: put it at the top level")
-    remarks = {**run_remarks, "name": "each adapter needs its own: put it in its entry"}
-    defaults = strict.check_keys(defaults, [key for key in adapter_keys(None) if key != "name"], "defaults", remarks)
-    jobs, reached = [], set[str]()
-    for index, entry in enumerate(entries):
-        path = f"adapters[{index}]"
-        if not isinstance(entry, Mapping):
-            jobs.append(strict.coerce(entry, AdapterJob, path))
-            continue
-        inherited = _inherited(entry, defaults)
-        reached |= inherited.keys()
-        try:
-            jobs.append(AdapterJob.from_dict({**inherited, **entry}, path, run_remarks))
-        except ValueError as error:
-            subject = re.match(rf"{re.escape(path)}\.(\w+)", str(error))
-            if subject and subject[1] in inherited and subject[1] not in entry:
-                raise ValueError(f"{error} (the value comes from defaults)") from error
-            raise
-    for key in defaults:
-        if key not in reached:
-            raise ValueError(
-                f"defaults.{key}={strict.show(defaults[key])} reaches no adapter: none has a method or an optimizer "
-                "with this key"
-            )
-    return jobs
 
 
 def _entry_keys(entry: Mapping[str, Any] | None, data: Mapping[str, Any]) -> tuple[str, ...]:
@@ -100,6 +65,10 @@ class TrainConfig:
     max_batch_tokens: int = field(
         default=4096, metadata={"help": "tokens of one fused forward, at most; adapters share it"}
     )
+    max_concurrent_adapters: int | None = field(
+        default=None,
+        metadata={"help": "adapters that train at once, the others wait for a free place; null: all of them"},
+    )
     activation_checkpointing: Literal["none", "full", "selective"] = field(
         default="none",
         metadata={
@@ -108,10 +77,27 @@ class TrainConfig:
         },
     )
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads; null: torch's choice"})
+    save_steps: int | None = field(
+        default=100,
+        metadata={
+            "help": "fused forwards between two checkpoints to resume from; null: one at the end of an adapter and at "
+            "an interruption only"
+        },
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "checkpoints that are kept, the newest ones"})
+    tensorboard: bool = field(default=False, metadata={"help": "also write TensorBoard event files"})
     answer_examples: int = field(
         default=2, metadata={"help": "held-out prompts that base and adapter answer at the end, per adapter"}
     )
-    adapters: tuple[AdapterJob, ...] = field(metadata={"help": "the adapters to train, each with the keys below"})
+    adapters: tuple[AdapterJob, ...] = field(
+        metadata={"help": "the adapters to train, each with the keys below; a key with a list of values is swept"}
+    )
+    sweeps: tuple[Sweep, ...] = field(
+        default=(),
+        metadata={"help": "of a resolved config: name, halve_every, keep and metric of each sweep; lists make them"},
+    )
+    # What the user should know about how the file was read; no key.
+    remarks: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         strict.check_fields(self)
@@ -121,19 +107,21 @@ class TrainConfig:
         require(self, "output_dir", self.output_dir != "", "not be empty; null picks a free name")
         check_seed(self, self.seed)
         require(self, "max_batch_tokens", self.max_batch_tokens >= 1, "be at least 1")
+        require(
+            self,
+            "max_concurrent_adapters",
+            self.max_concurrent_adapters is None or self.max_concurrent_adapters >= 1,
+            "be at least 1, or null",
+        )
+        require(self, "save_steps", self.save_steps is None or self.save_steps >= 1, "be at least 1, or null")
+        require(self, "keep_checkpoints", self.keep_checkpoints >= 1, "be at least 1")
         require(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "be at least 1, or null")
         require(self, "answer_examples", self.answer_examples >= 0, "be at least 0")
         if not self.adapters:
             raise ValueError("adapters=[] must hold at least one adapter")
-        seen: dict[str, tuple[int, str]] = {}
-        for index, job in enumerate(self.adapters):
-            # Case aside: two names that differ in case are one folder on some file systems.
-            first, name = seen.setdefault(job.name.lower(), (index, job.name))
-            if first != index:
-                raise ValueError(
-                    f"adapters[{index}].name={job.name!r} must be unique: adapters[{first}] is named {name!r}"
-                    + (" (names become folders, so case does not tell them apart)" if name != job.name else "")
-                )
+        places = [(f"adapters[{index}]", job) for index, job in enumerate(self.adapters)]
+        check_unique_names(places)
+        check_sweeps(self.sweeps, places)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
@@ -161,12 +149,15 @@ class TrainConfig:
 
     @classmethod
     def _from_source(cls, data: dict[str, Any], source: str, overrides: Sequence[str]) -> "TrainConfig":
+        data, source, remarks = as_ours(data, source)
         known = KnownKeys(of_run=_run_keys(), of_adapter=lambda entry: _entry_keys(entry, data))
         apply_overrides(data, overrides, known)
         try:
-            return cls.from_dict(data)
+            config = cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
+        object.__setattr__(config, "remarks", tuple(remarks))
+        return config
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "TrainConfig":
@@ -179,7 +170,12 @@ class TrainConfig:
         values = strict.check_keys(mapping, _run_keys(), "", remarks)
         defaults = values.pop("defaults", None)
         if isinstance(values.get("adapters"), (list, tuple)):
-            values["adapters"] = _jobs(values["adapters"], {} if defaults is None else defaults)
+            elsewhere = dict.fromkeys(_run_keys(), "it is a key of the run: put it at the top level")
+            jobs, sweeps = read_entries(values["adapters"], {} if defaults is None else defaults, elsewhere)
+            values["adapters"] = jobs
+            if sweeps:
+                given = strict.coerce(values.get("sweeps", ()), tuple[Sweep, ...], "sweeps")
+                values["sweeps"] = (*given, *sweeps)
         return strict.build(cls, values)
 
     def to_dict(self) -> dict[str, Any]:

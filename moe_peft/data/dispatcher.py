@@ -110,43 +110,96 @@ class StepPlan:
         return self._order[1]
 
 
+@dataclass(frozen=True)
+class Cursor:
+    """Where an adapter stands between two forwards.
+
+    Args:
+        step: of its next micro-batch.
+        index: which micro-batch of that step.
+        start: its virtual time at the beginning of its training.
+    """
+
+    step: int = 0
+    index: int = 0
+    start: float = 0.0
+
+
 class Dispatcher:
     """Chooses which adapters' next micro-batches share a forward.
 
+    The choice is fair by virtual time. That of an adapter is the share of its own steps it has taken, counted from
+    where the furthest behind of the others stood when it came: a late one neither holds the others up until it has
+    caught up with them nor waits for them.
+
     Args:
-        plans: one an adapter, in the order in which they share a batch.
+        plans: one an adapter, in the order in which they share a batch; ``add`` brings more.
         max_batch_tokens: tokens of a fused forward. A micro-batch that is larger by itself runs alone, whole.
     """
 
     def __init__(self, plans: Mapping[str, StepPlan], max_batch_tokens: int) -> None:
-        self._plans = dict(plans)
         self._max_batch_tokens = max_batch_tokens
-        self._waiting: dict[str, list[MicroBatch]] = {
-            name: plan.micro_batches(0) for name, plan in self._plans.items() if plan.num_steps > 0
-        }
+        self._plans: dict[str, StepPlan] = {}
+        self._starts: dict[str, float] = {}
+        self._waiting: dict[str, list[MicroBatch]] = {}
+        for name, plan in plans.items():
+            self.add(name, plan, Cursor())
+
+    def add(self, adapter: str, plan: StepPlan, cursor: Cursor | None = None) -> None:
+        """Let an adapter join the others, behind them in a batch.
+
+        Args:
+            adapter: its name.
+            plan: what it learns from.
+            cursor: where it goes on, as ``cursor`` gave it; None: a newcomer.
+        """
+        if plan.num_steps == 0:
+            return
+        furthest_behind = min(map(self._virtual_time, self._waiting), default=0.0)
+        cursor = cursor or Cursor(start=furthest_behind)
+        self._plans[adapter] = plan
+        self._starts[adapter] = cursor.start
+        self._waiting[adapter] = plan.micro_batches(cursor.step)[cursor.index :]
+
+    def cursor(self, adapter: str) -> Cursor:
+        """Where an adapter stands."""
+        front = self._waiting[adapter][0]
+        return Cursor(front.step, front.index, self._starts[adapter])
+
+    def rejoin(self, adapter: str, plan: StepPlan, step: int) -> None:
+        """Let an adapter that has been away go on from a step, level with the one that is furthest behind."""
+        furthest_behind = min(map(self._virtual_time, self._waiting), default=0.0)
+        self.add(adapter, plan, Cursor(step, 0, furthest_behind - step / plan.num_steps))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Those with micro-batches left, in the order in which they share a batch."""
+        return [name for name in self._plans if name in self._waiting]
 
     def next_batch(self) -> list[MicroBatch]:
         """The micro-batches of the next forward, at most one an adapter; empty when every adapter is through.
 
-        The adapter that is furthest behind, as a share of its own steps, goes first; the others join while they fit.
+        The adapter that is furthest behind goes first; the others join while they fit.
         """
-        by_progress = sorted(self._waiting, key=self._progress)
+        by_time = sorted(self.adapters, key=self._virtual_time)
         chosen: set[str] = set()
         budget = self._max_batch_tokens
-        for name in by_progress:
+        for name in by_time:
             size = self._waiting[name][0].num_tokens
             if not chosen or size <= budget:
                 chosen.add(name)
                 budget -= size
-        return [self._pop(name) for name in self._plans if name in chosen]
+        return [self._pop(name) for name in self.adapters if name in chosen]
 
     def remove(self, adapter: str) -> None:
-        """Take an adapter out of the run."""
-        self._waiting.pop(adapter, None)
+        """Take an adapter out of the run; one that is not in it is no error."""
+        for held in (self._waiting, self._plans, self._starts):
+            held.pop(adapter, None)
 
-    def _progress(self, name: str) -> float:
+    def _virtual_time(self, name: str) -> float:
         front = self._waiting[name][0]
-        return (front.step + front.index / (front.index + len(self._waiting[name]))) / self._plans[name].num_steps
+        done = front.step + front.index / (front.index + len(self._waiting[name]))
+        return self._starts[name] + done / self._plans[name].num_steps
 
     def _pop(self, name: str) -> MicroBatch:
         micro_batch = self._waiting[name].pop(0)

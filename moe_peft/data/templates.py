@@ -15,6 +15,8 @@ _FOLDER = Path(__file__).parent / "templates"
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 # Which placeholders each text must have, and may have.
 _FIELDS = {"prompt_input": ("instruction", "input"), "prompt_no_input": ("instruction",)}
+# What a template file of the original MoE-PEFT has beside them; neither changes a prompt.
+_INFORMATIVE = ("description", "response_split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +91,10 @@ def load_template(name_or_path: str | Path) -> Template:
             f"template={name!r} is neither a built-in template nor an existing file{nearest(name, builtin_templates())}"
         )
     try:
-        values = check_keys(_read_mapping(path), tuple(_FIELDS), "")
+        values = check_keys(_read_mapping(path), (*_FIELDS, *_INFORMATIVE), "")
         if missing := next((key for key in _FIELDS if key not in values), None):
             raise ValueError(f"{missing} is missing")
-        return Template(name=name, **values)
+        return Template(name=name, **{key: values[key] for key in _FIELDS})
     except ValueError as error:
         raise ValueError(f"the template file {path}: {error}") from error
 

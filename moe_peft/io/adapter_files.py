@@ -11,6 +11,12 @@ from torch import Tensor
 from moe_peft.adapters import METHODS, LoraConfig
 from moe_peft.io.atomic import atomic_folder, save_safetensors_atomically, write_text_atomically
 from moe_peft.io.json_file import read_json_object
+from moe_peft.io.original_adapter import (
+    PICKLED_WEIGHTS_FILE,
+    is_original_config,
+    read_pickled_weights,
+    translate_adapter_config,
+)
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.strict import build, did_you_mean
 
@@ -22,6 +28,7 @@ _INFORMATIVE = {
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
+    "eva_config",
     "inference_mode",
     "layers_pattern",
     "megatron_core",
@@ -81,7 +88,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path, name: str | None =
 
     Args:
         model: the base it was trained on.
-        folder: as ``save_adapter`` or PEFT wrote it.
+        folder: as ``save_adapter``, PEFT or the original MoE-PEFT wrote it.
         name: under which it is attached; None takes the folder's name.
         seed: of its dropout when it is trained on.
 
@@ -94,10 +101,11 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path, name: str | None =
     path = Path(folder)
     name = path.resolve().name if name is None else name
     config = read_adapter_config(path)
-    weights = _read_weights(path)
+    file = _weights_file(path)
+    weights = read_pickled_weights(file) if file.name == PICKLED_WEIGHTS_FILE else _read_safetensors(file)
     model.add_adapter(name, config, seed=seed)
     try:
-        _fill(model, name, weights, path)
+        _fill(model, name, weights, file)
     except BaseException:
         model.remove_adapter(name)
         raise
@@ -122,6 +130,8 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         close = did_you_mean(kind, by_type)
         raise ValueError(f"{path}: peft_type={data.get('peft_type')!r} must be one of {', '.join(by_type)}{close}")
     try:
+        if is_original_config(data):
+            data = translate_adapter_config(data)
         return _build_config(by_type[kind], data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -146,38 +156,40 @@ def _build_config(method: type[LoraConfig], data: dict[str, Any]) -> LoraConfig:
     return build(method, chosen)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _weights_file(folder: Path) -> Path:
+    for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} has no {WEIGHTS_FILE}, nor an {PICKLED_WEIGHTS_FILE} of older tools")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickled = folder / "adapter_model.bin"
-        hint = f"; {pickled.name} is a pickle, which is never executed here" if pickled.exists() else ""
-        raise ValueError(f"{folder} has no {WEIGHTS_FILE}{hint}")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or corrupted: {error}") from error
 
 
-def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], folder: Path) -> None:
+def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], file: Path) -> None:
     state = model.adapter_state(name)
     missing, unexpected = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}"
         raise ValueError(
-            f"{folder / WEIGHTS_FILE} {what}, unlike an adapter of this config on this base "
+            f"{file} {what}, unlike an adapter of this config on this base "
             f"({len(missing)} missing, {len(unexpected)} unexpected tensors): was it trained on another base?"
         )
     for key, tensor in state.items():
         if tensor.shape != weights[key].shape:
             raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {key} has shape {list(weights[key].shape)}, but this base needs "
+                f"{file}: {key} has shape {list(weights[key].shape)}, but this base needs "
                 f"{list(tensor.shape)}: it was trained on another base"
             )
         if not weights[key].is_floating_point():
-            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} holds {weights[key].dtype}, not floating-point weights")
+            raise ValueError(f"{file}: {key} holds {weights[key].dtype}, not floating-point weights")
     with torch.no_grad():
         for key, tensor in state.items():
             tensor.copy_(weights[key])

@@ -1,7 +1,8 @@
 """A base model from disk: built without memory, then filled one tensor at a time."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from moe_peft.io.gguf_model import open_gguf
 from moe_peft.io.hf_weights import open_hf_folder
 from moe_peft.io.placement import native_dtype, parse_device, parse_dtype
 from moe_peft.io.source import resolve_source
+from moe_peft.model.config import LlamaConfig
 from moe_peft.model.llama import LlamaForCausalLM
 
 
@@ -38,24 +40,72 @@ def load_base_model(
             truncated, corrupted, missing, superfluous or of the wrong shape.
     """
     wanted_dtype, target_device = parse_dtype(dtype), parse_device(device)
-    path = resolve_source(source)
-    opened: AbstractContextManager[Checkpoint] = open_hf_folder(path) if path.is_dir() else open_gguf(path)
-    with opened as checkpoint:
+    with _opened(resolve_source(source)) as checkpoint:
         target_dtype = wanted_dtype or native_dtype(checkpoint.dtype, target_device)
         model = _empty_model(checkpoint)
         _fill(model, checkpoint, target_dtype, target_device)
     return model.eval()
 
 
+@dataclass(frozen=True)
+class BaseModelShape:
+    """What is known of a base model before its weights are read.
+
+    Args:
+        config: the model's sizes.
+        dtype: that its weights would have.
+        device: where they would go.
+    """
+
+    config: LlamaConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty_model(self) -> LlamaForCausalLM:
+        """The model on the meta device, to count with; adapters attached within ``without_memory`` join it there."""
+        with without_memory():
+            return LlamaForCausalLM(self.config).to(self.dtype)
+
+
+def read_base_model_shape(
+    source: str | Path, dtype: str | torch.dtype = "auto", device: str | int | torch.device = "auto"
+) -> BaseModelShape:
+    """What ``load_base_model`` would load, from the files' headers alone.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: as ``load_base_model``, but for what only the weights themselves show.
+    """
+    wanted_dtype, target_device = parse_dtype(dtype), parse_device(device)
+    with _opened(resolve_source(source)) as checkpoint:
+        _check_tensors(_empty_model(checkpoint), checkpoint)
+        return BaseModelShape(
+            checkpoint.config, wanted_dtype or native_dtype(checkpoint.dtype, target_device), target_device
+        )
+
+
+def _opened(path: Path) -> AbstractContextManager[Checkpoint]:
+    return open_hf_folder(path) if path.is_dir() else open_gguf(path)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """What is built within goes to the meta device, its initial values not drawn."""
+    with torch.device("meta"), _NoInitialWeights():
+        yield
+
+
 class _NoInitialWeights(TorchFunctionMode):
-    """Skips ``torch.nn.init``: there is nothing to initialize, and doing so on meta tensors imports torch's compiler
-    (1.6 s and 77 MB)."""
+    """Skips ``torch.nn.init`` and random draws: there is nothing to initialize, and doing so on meta tensors imports
+    torch's compiler (1.6 s and 77 MB)."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
             return None
+        if getattr(func, "__name__", None) in ("normal_", "uniform_"):
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -65,18 +115,23 @@ def _empty_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
     if num_layers > num_tensors:
         raise ValueError(f"{checkpoint.path} has {num_tensors} tensors, too few for {num_layers} layers")
     try:
-        with torch.device("meta"), _NoInitialWeights():
+        with without_memory():
             return LlamaForCausalLM(checkpoint.config)
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{checkpoint.path}: no model has the sizes of {checkpoint.config} ({reason})") from error
 
 
-def _fill(model: LlamaForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+def _check_tensors(model: LlamaForCausalLM, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The parameters' shapes, which are those of the file."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head stands once
     expected = {checkpoint.name_of(name): shape for name, shape in shapes.items()}
     check_shapes(checkpoint.path, expected, checkpoint.shapes)
-    for name, shape in shapes.items():
+    return shapes
+
+
+def _fill(model: LlamaForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    for name, shape in _check_tensors(model, checkpoint).items():
         weight = torch.empty(shape, dtype=dtype, device=device)
         checkpoint.copy_into(checkpoint.name_of(name), weight)
         module_name, _, attribute = name.rpartition(".")

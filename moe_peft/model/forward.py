@@ -1,7 +1,9 @@
 """What every layer of one forward needs to know about the fused batch."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +12,52 @@ from torch import Tensor
 from moe_peft.model.batch import Segment
 from moe_peft.model.cache import KVCache
 from moe_peft.model.draws import dropout_mask
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a forward of one adapter's tokens takes over from an earlier forward of them: its draws and its routing.
+
+    Args:
+        tokens: LongTensor ``[T]``, where each token stood in the earlier forward.
+        num_tokens: how many it had.
+        router_logits: what its routers said of these tokens, ``[T, E]`` a routed layer; empty without routers.
+        own_router_logits: filled by the forward: what the routers say this time, by layer.
+    """
+
+    tokens: Tensor
+    num_tokens: int
+    router_logits: tuple[Tensor, ...] = ()
+    own_router_logits: dict[int, Tensor] = field(default_factory=dict)
+
+    def routed(self, layer_idx: int, logits: Tensor, top_k: int) -> Tensor:
+        """Note a router's logits and give back such as choose the earlier forward's experts.
+
+        They are the logits themselves, but where the choice is another one: there they have the earlier values, and
+        the gradient goes on to the new ones.
+        """
+        self.own_router_logits[layer_idx] = logits.detach()
+        earlier = self.router_logits[layer_idx]
+        is_flipped = (chosen_experts(logits, top_k) != chosen_experts(earlier, top_k)).any(dim=1, keepdim=True)
+        return torch.where(is_flipped, earlier + (logits - logits.detach()), logits)
+
+
+def chosen_experts(router_logits: Tensor, top_k: int) -> Tensor:
+    """The experts with the k largest logits of ``[T, E]``, LongTensor ``[T, K]`` in ascending order."""
+    return router_logits.topk(top_k, dim=1).indices.sort(dim=1).values
+
+
+_replay: ContextVar[Replay | None] = ContextVar("replay", default=None)
+
+
+@contextmanager
+def replaying(replay: Replay) -> Iterator[None]:
+    """Forwards inside the ``with``, each of one adapter alone, take their draws and routing from an earlier one."""
+    token = _replay.set(replay)
+    try:
+        yield
+    finally:
+        _replay.reset(token)
 
 
 @dataclass(frozen=True)
@@ -28,6 +76,7 @@ class ForwardBatch:
         whole: the batch of which these tokens are a part; None: they are all.
         rows: LongTensor ``[T]``, where they stand in it.
         host_rows: the same on the CPU.
+        replay: what is taken over from an earlier forward, if anything.
     """
 
     segments: tuple[Segment, ...]
@@ -41,6 +90,7 @@ class ForwardBatch:
     whole: "ForwardBatch | None" = None
     rows: Tensor | None = None
     host_rows: Tensor | None = None
+    replay: Replay | None = field(default_factory=_replay.get)
     _masks: dict[tuple[int, int, str], Tensor] = field(default_factory=dict, repr=False)
 
     def narrowed(self, firsts: Sequence[int]) -> "ForwardBatch":
@@ -84,6 +134,12 @@ class ForwardBatch:
         """The key of a random draw: nothing outside the adapter and its own progress enters it."""
         return (int(seed), segment.task, int(segment.step), int(segment.micro_batch), *site)
 
+    def drawn_rows(self, segment: Segment, draw: Callable[[int], Tensor]) -> Tensor:
+        """Random numbers for a segment's tokens, a row each, from what ``draw`` gives for a number of rows."""
+        if self.replay is None:
+            return draw(segment.end - segment.start)
+        return draw(self.replay.num_tokens).index_select(0, self.replay.tokens)
+
     def dropout_mask(
         self, segment: Segment, seed: int, p: float, layer_idx: int, input_name: str, x: Tensor
     ) -> Tensor | None:
@@ -104,7 +160,8 @@ class ForwardBatch:
         if site not in self._masks:
             for old in [other for other in self._masks if other[0] != layer_idx]:
                 del self._masks[old]  # a layer that is left keeps its own masks as long as its backward needs them
-            shape = (segment.end - segment.start, x.shape[1])
             key = self.draw_key(segment, seed, "dropout", layer_idx, input_name)
-            self._masks[site] = dropout_mask(shape, p, like=x, key=key)
+            self._masks[site] = self.drawn_rows(
+                segment, lambda rows: dropout_mask((rows, x.shape[1]), p, like=x, key=key)
+            )
         return self._masks[site]

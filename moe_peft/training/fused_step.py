@@ -26,6 +26,7 @@ class Outcome:
         gradients: one for each of the adapter's parameters, None where there is none.
         router_logits: of each routed layer, without gradient; None where there is no router.
         failure: why there are no gradients; None when all went well.
+        is_fatal: whether it must fail again, however often it is tried.
     """
 
     micro_batch: MicroBatch
@@ -34,6 +35,7 @@ class Outcome:
     gradients: tuple[Tensor | None, ...] = ()
     router_logits: tuple[Tensor, ...] | None = None
     failure: str | None = None
+    is_fatal: bool = False
 
 
 def run_fused(
@@ -70,9 +72,8 @@ def run_fused(
     else:
         (micro_batch,) = micro_batches
         if len(micro_batch.samples) == 1:
-            return [
-                Outcome(micro_batch, failure=f"a sample of {micro_batch.num_tokens} tokens does not fit into memory")
-            ]
+            failure = f"a sample of {micro_batch.num_tokens} tokens does not fit into memory"
+            return [Outcome(micro_batch, failure=failure, is_fatal=True)]
         say(f"{micro_batch.adapter}: out of memory, so a micro-batch of {len(micro_batch.samples)} samples is split")
         groups = [[part] for part in _halves(micro_batch)]
     return [outcome for group in groups for outcome in run_fused(model, group, parameters, say, loss_scales)]

@@ -12,21 +12,32 @@ from moe_peft.model.llama import LlamaForCausalLM
 def build_optimizer(model: LlamaForCausalLM, job: AdapterJob) -> torch.optim.Optimizer:
     """The job's optimizer over its adapter's parameters, fused into one launch.
 
-    Weight decay spares routers (unless ``decay_router``) and 1-D weights.
+    Weight decay spares routers (unless ``decay_router``) and 1-D weights. With a ``loraplus_lr_ratio`` the factors
+    lora_B are groups of their own, which have it as their ``lr_ratio`` (https://arxiv.org/abs/2402.12354).
     """
-    decayed: dict[int, nn.Parameter] = {}
-    spared: dict[int, nn.Parameter] = {}
+    grouped: dict[tuple[bool, float], dict[int, nn.Parameter]] = {}
     for key, weight, _ in model.named_adapter_weights(job.name):
         is_spared = weight.dim() < 2 or (job.adapter.is_router(key) and not job.decay_router)
-        (spared if is_spared else decayed)[id(weight)] = weight
+        ratio = job.loraplus_lr_ratio if key.endswith(".lora_B.weight") else 1.0
+        grouped.setdefault((is_spared, ratio), {})[id(weight)] = weight
     groups = [
-        {"params": list(weights.values()), "weight_decay": decay}
-        for weights, decay in ((decayed, job.weight_decay), (spared, 0.0))
-        if weights
+        {
+            "params": list(weights.values()),
+            "weight_decay": 0.0 if is_spared else job.weight_decay,
+            "lr": job.lr * ratio,
+            "lr_ratio": ratio,
+        }
+        for (is_spared, ratio), weights in sorted(grouped.items(), key=lambda item: item[0])
     ]
     if job.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=job.lr, momentum=job.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=job.lr, betas=job.betas, eps=job.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the rate of the next step, times its own ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_ratio"]
 
 
 def learning_rate(job: AdapterJob, step: int, num_steps: int) -> float:

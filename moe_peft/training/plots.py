@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Runs longer than this are too noisy to read step by step: a marked average is drawn over the faint raw curve.
 SMOOTH_ABOVE_STEPS = 60
 DPI = 130
+LEGEND_LINES = 22
 # Okabe and Ito's colours without yellow, told apart by nearly all eyes; line styles go on where they end.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -64,9 +65,15 @@ def plot_loss_curves(metrics_path: str | Path, png_path: str | Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(metrics_path)
+    # A job that never stepped, queued or refused, has no curve.
+    rows = [row for row in rows if row["event"] in ("step", "eval")]
     adapters = list(dict.fromkeys(row["adapter"] for row in rows))
     has_aux = any(row.get("aux_loss") for row in rows)
-    figure = Figure(figsize=(9.0, 6.4 if has_aux else 4.8), layout="constrained")
+    # The legend stands beside the axes, two lines an adapter: many adapters need columns, and room for them.
+    has_evals = any(row["event"] == "eval" for row in rows)
+    num_columns = 1 + (len(adapters) * (1 + has_evals) - 1) // LEGEND_LINES if adapters else 1
+    width, height = 9.0 + 2.2 * (num_columns - 1), 6.4 if has_aux else 4.8
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(2 if has_aux else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + has_aux])
     loss_axis, aux_axis = axes[0, 0], axes[-1, 0]
 
@@ -115,7 +122,13 @@ def plot_loss_curves(metrics_path: str | Path, png_path: str | Path) -> None:
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     if adapters:
         # Beside the axes: over them it would hide some curve, wherever it stood.
-        figure.legend(*loss_axis.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+        figure.legend(
+            *loss_axis.get_legend_handles_labels(),
+            loc="outside right upper",
+            frameon=False,
+            fontsize=9 if num_columns == 1 else 7.5,
+            ncols=num_columns,
+        )
     else:
         loss_axis.text(0.5, 0.5, "no step was taken", transform=loss_axis.transAxes, ha="center", va="center")
     _save(figure, png_path)
@@ -125,7 +138,7 @@ def plot_expert_load(load: np.ndarray, png_path: str | Path, adapter: str) -> No
     """Draw which share of each layer's routed tokens every expert got, coloured by its distance from balance.
 
     Args:
-        load: ``[L layers, E experts]``, each row summing to 1.
+        load: ``[L layers, E experts]``, each row summing to 1; NaN in a layer without tokens.
         png_path: the picture to write.
         adapter: the name in the title.
     """
@@ -145,7 +158,7 @@ def plot_expert_load(load: np.ndarray, png_path: str | Path, adapter: str) -> No
     norm = TwoSlopeNorm(vmin=0.0, vcenter=balanced, vmax=largest)
     image = axis.imshow(load, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     if num_experts <= 16 and num_layers <= 48:
-        for layer, expert in np.ndindex(load.shape):
+        for layer, expert in np.argwhere(np.isfinite(load)):
             shade = norm(load[layer, expert])
             axis.text(
                 expert,

@@ -1,104 +1,65 @@
-"""A run's progress on the console: a live table on a terminal, plain lines anywhere else."""
+"""A run's progress on the console: a live picture on a terminal, plain lines anywhere else."""
 
-import math
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from moe_peft.training.metrics import EvalMetrics, StepMetrics
+from moe_peft.training.adapter_progress import AdapterProgress
+from moe_peft.training.metrics import FINISHED, EvalMetrics, ExpertMetrics, JobMetrics, Row, StepMetrics
+from moe_peft.training.progress_table import format_seconds, listed, picture
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
-    from rich.table import Table
 
-# The ETA follows the last steps only: the pace changes whenever a neighbour joins or leaves the fused batch.
-ETA_WINDOW = 20
-
-
-def format_seconds(seconds: float) -> str:
-    """``75`` -> ``1:15``, ``3675`` -> ``1:01:15``."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class _AdapterProgress:
-    """What is known of one adapter so far."""
-
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.last: StepMetrics | None = None
-        self.evals: list[EvalMetrics] = []
-        self.status: str | None = None
-        self.line_time = -math.inf  # when its last plain line was printed
-        self._times: deque[tuple[int, float]] = deque(maxlen=ETA_WINDOW + 1)
-
-    @property
-    def current_step(self) -> int:
-        return self.last.step if self.last is not None else 0
-
-    def record(self, metrics: StepMetrics, now: float) -> None:
-        self.last = metrics
-        self.num_steps = metrics.num_steps
-        self._times.append((metrics.step, now))
-
-    def eta(self) -> float | None:
-        """Seconds until its last step at the pace of its latest ones; None before the first."""
-        if self.last is None:
-            return None
-        (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
-        if last_step == first_step:
-            pace = self.last.seconds
-        else:
-            pace = (last_time - first_time) / (last_step - first_step)
-        return pace * (self.num_steps - last_step)
-
-    def aux_text(self) -> str:
-        return f"{self.last.aux_loss:.4f}" if self.last is not None and self.last.aux_loss else "–"
-
-    def eval_text(self) -> str:
-        """The first held-out loss and, once there is another, the latest."""
-        losses = [f"{metrics.eval_loss:.3f}" for metrics in self.evals]
-        return " → ".join(losses[:1] + losses[1:][-1:]) or "–"
+# Names of the queue in one plain line.
+QUEUE_WIDTH = 60
+# With more adapters than this at once, each has its plain line less often, so that a log grows no faster.
+LINES_AT_FULL_PACE = 5
 
 
 class Progress:
-    """Shows per adapter: step, loss, aux loss, learning rate, supervised tokens/s, time left and held-out loss.
+    """Shows the queue and, per running adapter: step, loss and its course, held-out loss, speed, time left, faults.
 
-    On a terminal a table is redrawn in place. Elsewhere (a pipe, a log file, a dumb terminal) an adapter's first
-    and last step, every evaluation, and one step at most every ``seconds_between_lines`` become a line each.
+    On a terminal a picture is redrawn in place. Elsewhere (a pipe, a log file, a dumb terminal) an adapter's first
+    and last step, every evaluation, every change of state, and one step at most every ``seconds_between_lines``
+    become a line each. It is a listener to the run's rows; an adapter that it has not heard of joins with its first.
 
     Args:
-        num_steps: optimizer steps of every adapter, in the order of display.
+        num_steps: optimizer steps of the adapters known at the start, in the order of display.
         console: the rich console to draw on; None for standard output.
-        seconds_between_lines: the least time between two plain lines of one adapter.
+        max_batch_tokens: the run's token budget, to tell each adapter's share of it.
+        seconds_between_lines: the least time between two plain lines of one adapter, of up to five.
         clock: monotonic seconds; another one only in tests.
     """
 
     def __init__(
         self,
-        num_steps: dict[str, int],
+        num_steps: Mapping[str, int],
         console: "Console | None" = None,
         *,
+        max_batch_tokens: int | None = None,
         seconds_between_lines: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         from rich.console import Console
 
         self._console = console if console is not None else Console()
-        self._adapters = {name: _AdapterProgress(total) for name, total in num_steps.items()}
+        self._adapters = {name: AdapterProgress(total) for name, total in num_steps.items()}
+        self._max_batch_tokens = max_batch_tokens
         self._seconds_between_lines = seconds_between_lines
         self._clock = clock
+        self._start = clock()
+        self._is_queue_told = True
         self._live: Live | None = None
 
     def __enter__(self) -> "Progress":
+        self._start = self._clock()
         if self._console.is_interactive:
             from rich.live import Live
 
-            self._live = Live(get_renderable=self.table, console=self._console, refresh_per_second=4)
+            self._live = Live(get_renderable=self.table, console=self._console, refresh_per_second=2)
             self._live.start(refresh=True)
         return self
 
@@ -109,75 +70,105 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    def catch_up(self, rows: Iterable[Row]) -> None:
+        """Take in the rows of a run that is resumed, without a line."""
+        for row in rows:
+            if isinstance(row, StepMetrics):
+                self._adapter(row.adapter).take_step(row, None)
+            elif isinstance(row, EvalMetrics):
+                self._adapter(row.adapter).evals.append(row)
+            elif isinstance(row, JobMetrics):
+                self._take_state(row)
+            else:
+                self._adapter(row.adapter).take_experts(row)
+
+    def take(self, row: Row) -> None:
+        """Take in one row."""
+        if isinstance(row, StepMetrics):
+            self.step(row)
+        elif isinstance(row, EvalMetrics):
+            self.eval(row)
+        elif isinstance(row, JobMetrics):
+            self._job(row)
+        elif isinstance(row, ExpertMetrics):
+            self._adapter(row.adapter).take_experts(row)
+
     def step(self, metrics: StepMetrics) -> None:
         """Take in one optimizer step."""
         now = self._clock()
-        adapter = self._adapters[metrics.adapter]
+        adapter = self._adapter(metrics.adapter)
         is_first = adapter.last is None
-        adapter.record(metrics, now)
+        adapter.take_step(metrics, now)
+        if metrics.skipped is not None:
+            self.message(f"Warning: {metrics.adapter}, step {metrics.step} was skipped: {metrics.skipped}")
         if self._live is not None:
             return
-        is_due = now - adapter.line_time >= self._seconds_between_lines
-        if is_first or is_due or metrics.step == metrics.num_steps:
+        if not self._is_queue_told:
+            self._is_queue_told = True
+            self._tell_queue()
+        num_running = sum(other.state == "running" for other in self._adapters.values())
+        pause = self._seconds_between_lines * max(1.0, num_running / LINES_AT_FULL_PACE)
+        if is_first or now - adapter.line_time >= pause or metrics.step == metrics.num_steps:
             adapter.line_time = now
-            self._line(self._step_text(metrics, adapter))
+            self.message(self._step_text(metrics, adapter))
 
     def eval(self, metrics: EvalMetrics) -> None:
         """Take in one evaluation on held-out data."""
-        adapter = self._adapters[metrics.adapter]
+        adapter = self._adapter(metrics.adapter)
         adapter.evals.append(metrics)
         if self._live is None:
-            counter = f"{metrics.step}/{adapter.num_steps}"
-            self._line(f"{metrics.adapter}  step {counter}  held-out loss {metrics.eval_loss:.4f}")
+            counter = f"{metrics.step}/{adapter.num_steps}" if adapter.num_steps else f"{metrics.step}"
+            self.message(f"{metrics.adapter}  step {counter}  held-out loss {metrics.eval_loss:.4f}")
+
+    def _job(self, row: JobMetrics) -> None:
+        self._take_state(row)
+        if row.state == "queued" and row.fused_step == 0:
+            self._is_queue_told = False
+        reason = f": {row.reason}" if row.reason is not None else ""
+        # In the picture a state speaks for itself, but a reason needs room for its words; and at the start the whole
+        # queue stands in one line, printed with the first step.
+        is_news = row.state in (*FINISHED, "waiting") or row.fused_step > 0
+        if reason or (self._live is None and is_news):
+            self.message(f"{row.adapter}  {row.state}{reason}")
+            if self._live is None and row.state == "running":
+                self._tell_queue()
 
     def message(self, text: str) -> None:
-        """Print a line; on a terminal it stands above the table."""
-        self._line(text)
+        """Print a line; on a terminal it stands above the picture."""
+        # As it is: a log line is neither wrapped at a width nor read as markup.
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def done(self, adapter: str, status: str) -> None:
-        """Close an adapter's row with its status: ``done``, or what ended it."""
-        self._adapters[adapter].status = status
-        # In the table a good end speaks for itself, but a reason needs room for its words.
-        if self._live is None or status != "done":
-            self._line(f"{adapter}  {status}")
+        """Close an adapter with its status: ``done``, or what ended it, a reason behind a colon."""
+        state, _, reason = status.partition(": ")
+        self._job(JobMetrics(adapter=adapter, state=state, reason=reason or None))
 
-    def table(self) -> "Table":
-        """The table as it stands now."""
-        from rich import box
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+    def table(self) -> "Group":
+        """The picture as it stands now."""
+        return picture(
+            dict(self._adapters),  # a copy: the console's thread draws while a submitted job joins
+            width=self._console.width,
+            height=self._console.height,
+            max_batch_tokens=self._max_batch_tokens,
+            seconds=self._clock() - self._start,
+        )
 
-        is_narrow = self._console.width < 110
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if is_narrow else 1), pad_edge=False)
-        table.add_column("adapter", style="bold", no_wrap=True, overflow="ellipsis", max_width=14 if is_narrow else 24)
-        table.add_column("")
-        for title in ("step", "loss", "aux", "lr", "tok/s", "left", "held-out loss"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for name, adapter in self._adapters.items():
-            bar = ProgressBar(
-                total=max(1, adapter.num_steps), completed=adapter.current_step, width=8 if is_narrow else 24
-            )
-            last, eta = adapter.last, adapter.eta()
-            if adapter.status is not None:
-                # Reasons were printed above the table; the cell only tells good from bad.
-                left = Text("done", style="green") if adapter.status == "done" else Text("ended", style="red")
-            else:
-                left = Text("–" if eta is None else format_seconds(eta))
-            table.add_row(
-                Text(name),
-                bar,
-                f"{adapter.current_step}/{adapter.num_steps}",
-                f"{last.loss:.3f}" if last is not None else "–",
-                adapter.aux_text(),
-                f"{last.lr:.1e}" if last is not None else "–",
-                f"{last.tokens_per_second:.0f}" if last is not None else "–",
-                left,
-                adapter.eval_text(),
-            )
-        return table
+    def _take_state(self, row: JobMetrics) -> None:
+        # A refused job never joined, and its name may be that of an adapter that did.
+        if row.state != "refused":
+            self._adapter(row.adapter).take_job(row)
 
-    def _step_text(self, metrics: StepMetrics, adapter: _AdapterProgress) -> str:
+    def _adapter(self, name: str) -> AdapterProgress:
+        return self._adapters.setdefault(name, AdapterProgress())
+
+    def _tell_queue(self) -> None:
+        queued = [name for name, adapter in self._adapters.items() if adapter.state == "queued"]
+        if queued:
+            self.message(f"{len(queued)} queued: {listed(queued, QUEUE_WIDTH)}")
+
+    def _step_text(self, metrics: StepMetrics, adapter: AdapterProgress) -> str:
+        share = adapter.budget_share(self._max_batch_tokens) if self._max_batch_tokens is not None else None
+        experts = adapter.experts_text()
         parts = [
             metrics.adapter,
             f"step {metrics.step}/{metrics.num_steps}",
@@ -185,10 +176,9 @@ class Progress:
             f"aux {metrics.aux_loss:.4f}" if metrics.aux_loss else "",
             f"lr {metrics.lr:.2e}",
             f"{metrics.tokens_per_second:.0f} tok/s",
+            f"{share:.0%} of the budget" if share is not None else "",
+            f"experts {experts}" if experts else "",
+            f"{adapter.num_skipped} skipped" if adapter.num_skipped else "",
             f"{format_seconds(adapter.eta() or 0.0)} left",
         ]
         return "  ".join(part for part in parts if part)
-
-    def _line(self, text: str) -> None:
-        # As it is: a log line is neither wrapped at a width nor read as markup.
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)

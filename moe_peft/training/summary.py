@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_peft.training.progress import format_seconds
+from moe_peft.training.metrics import FINISHED
+from moe_peft.training.progress_table import format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -52,9 +53,10 @@ class AdapterResult:
     """An adapter after training.
 
     Args:
-        status: ``done``, or what ended it.
+        state: how it ended: one of ``metrics.JOB_STATES``.
         num_steps: optimizer steps taken.
-        skipped_steps: those of them that were skipped because their gradient overflowed float16.
+        reason: why it ended so, where the state alone does not say it.
+        skipped_steps: those of them that were skipped, as their loss or gradient was not finite or overflowed float16.
         seconds: wall-clock time from its first step to its last.
         eval_loss_before: held-out loss before the first step; None without held-out data.
         eval_loss_after: held-out loss of the saved weights; None without held-out data.
@@ -62,14 +64,25 @@ class AdapterResult:
     """
 
     name: str
-    status: str
+    state: str
     num_steps: int
     seconds: float
+    reason: str | None = None
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
     saved_to: Path | None = None
     skipped_steps: int = 0
     examples: tuple[AnswerExample, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """State and reason, for a person."""
+        return self.state if self.reason is None else f"{self.state}: {self.reason}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it came to a good end."""
+        return self.state in FINISHED
 
 
 def format_share(num_trainable: int, num_base: int) -> str:
@@ -140,7 +153,7 @@ def _losses_table(results: Sequence[AdapterResult]) -> "Table":
             f"{result.num_steps:,}",
             *[f"{result.skipped_steps:,}"] * has_skipped,
             format_seconds(result.seconds),
-            Text(result.status, style="green" if result.status == "done" else "red"),
+            Text(result.status, style="green" if result.is_finished else "red"),
         )
     return table
 

@@ -1,51 +1,43 @@
 """A training run from its config to the saved adapters."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_peft.config import AdapterJob, TrainConfig
-from moe_peft.data.dispatcher import Dispatcher, MicroBatch, StepPlan
-from moe_peft.data.samples import SampleSet, load_samples
+from moe_peft.config import TrainConfig
 from moe_peft.data.tokenizer import load_tokenizer
 from moe_peft.io.base_model import load_base_model
-from moe_peft.training.adapter_run import AdapterRun
+from moe_peft.training.adapter_run import AdapterRun, Ending
+from moe_peft.training.alarms import Alarms
 from moe_peft.training.answers import answer_held_out_prompts
+from moe_peft.training.closing import TrainResult, finish, opening_line, print_sizes, results_of
 from moe_peft.training.errors import TrainingError
-from moe_peft.training.evaluation import evaluate
-from moe_peft.training.fused_step import run_fused
+from moe_peft.training.fused_run import FusedRun
+from moe_peft.training.inbox import Inbox, Request
 from moe_peft.training.interrupt import InterruptGuard
-from moe_peft.training.loss_scale import LossScale
-from moe_peft.training.metrics import EvalMetrics, MetricsWriter
+from moe_peft.training.job_queue import Job
+from moe_peft.training.journal import Journal
+from moe_peft.training.leaderboard import write_leaderboard
+from moe_peft.training.metrics import MetricsWriter, read_metrics
+from moe_peft.training.preparation import JobReader
 from moe_peft.training.progress import Progress
-from moe_peft.training.run_folder import RunFolder, check_output_dir
-from moe_peft.training.summary import (
-    AdapterResult,
-    AdapterSummary,
-    AnswerExample,
-    closing_report,
-    parameters_table,
-    print_report,
-)
+from moe_peft.training.resume import FORMAT, find_earlier_run, machine, warn_of_another_machine
+from moe_peft.training.rows import typed_rows
+from moe_peft.training.run_folder import RunFolder
+from moe_peft.training.run_state import restore, state_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+__all__ = ["TrainResult", "Trainer"]
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run ends with.
-
-    Args:
-        run_dir: the run's folder.
-        adapters: one result an adapter, in the config's order.
-    """
-
-    run_dir: Path
-    adapters: tuple[AdapterResult, ...]
+# Between two looks for a request that cannot be written down, say because the disk is full.
+PAUSE = 0.2
 
 
 class Trainer:
@@ -54,83 +46,60 @@ class Trainer:
     The constructor reads and checks everything the user gave and writes nothing.
 
     Args:
-        config: the run.
+        config: the run. Where its folder holds a run of this config, that run goes on from its newest checkpoint.
+        resume: whether it may; if not, a folder with a run in it is refused.
         console: where progress and reports go; None: standard output.
 
     Raises:
-        ValueError: on anything wrong with the data, the base model or how they fit together.
+        ValueError: on anything wrong with the data, the base model or how they fit together, and on a folder that holds
+            something else than a run of this config.
     """
 
-    def __init__(self, config: TrainConfig, *, console: "Console | None" = None) -> None:
+    def __init__(self, config: TrainConfig, *, resume: bool = True, console: "Console | None" = None) -> None:
         from rich.console import Console
 
-        self.config = config
         self.console = console or Console()
-        check_output_dir(config.output_dir)
+        earlier = find_earlier_run(config, resume, self._warn)
+        self._is_resumed = earlier is not None
+        self._paths_found = earlier.paths if earlier is not None else []
+        self._checkpoint = earlier.checkpoint if earlier is not None else None
+        self._is_complete = earlier is not None and earlier.is_complete
+        self.config = config = config if earlier is None else earlier.config
+        if self._is_complete:
+            return
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if config.tensorboard:
+            from moe_peft.training.scalars import check_tensorboard
+
+            check_tensorboard()
         # Data before weights: a typo in a path shows in a second.
         self.tokenizer = load_tokenizer(config.base_model)
-        sets = {job.name: self._read_samples(job) for job in config.adapters}
+        reader = JobReader(self.tokenizer, config.seed)
+        for job in config.adapters:
+            reader.read(job)
         self._say(f"Loading the base model {config.base_model}")
         self.model = load_base_model(config.base_model, dtype=config.dtype, device=config.device)
         self.model.activation_checkpointing_ = config.activation_checkpointing
         if self.model.dtype == torch.float16 and self.model.device.type == "cpu":
             self._say("Warning: CPUs multiply float16 matrices very slowly; dtype bfloat16 or float32 is far faster")
-        self._check_fit(sets)
-        self.runs = {job.name: self._new_run(job, *sets[job.name]) for job in config.adapters}
-        self.dispatcher = Dispatcher({name: run.plan for name, run in self.runs.items()}, config.max_batch_tokens)
+        self.fused_run = FusedRun(config, self.model, reader, self._say)
+        for job in config.adapters:
+            self.fused_run.take_in(job)
+        if self._checkpoint is None:
+            self.fused_run.admit()
+        else:
+            restore(self.fused_run, self._checkpoint.state, self._checkpoint.tensors)
 
-    def _read_samples(self, job: AdapterJob) -> tuple[SampleSet, SampleSet | None]:
-        def read(data: str) -> SampleSet:
-            return load_samples(
-                data, self.tokenizer, template=job.template, cutoff_len=job.cutoff_len, overlong=job.overlong
-            )
+    @property
+    def jobs(self) -> dict[str, Job]:
+        """The jobs by name, those that are queued or have ended too."""
+        return self.fused_run.queue.jobs
 
-        try:
-            return read(job.data), read(job.eval_data) if job.eval_data is not None else None
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"adapter {job.name!r}: {error}") from error
-
-    def _check_fit(self, sets: dict[str, tuple[SampleSet, SampleSet | None]]) -> None:
-        shape = self.model.config_
-        for name, pair in sets.items():
-            for sample_set in filter(None, pair):
-                longest = max(len(sample.input_ids) for sample in sample_set.samples)
-                if shape.context_limit is not None and longest > shape.context_limit:
-                    raise ValueError(
-                        f"adapter {name!r}: a sample of {longest} tokens is longer than the {shape.context_limit} for "
-                        f"which the base model is made (max_position_embeddings={shape.max_position_embeddings}); "
-                        "lower cutoff_len"
-                    )
-                largest = max(max(sample.input_ids) for sample in sample_set.samples)
-                if largest >= shape.vocab_size:
-                    raise ValueError(
-                        f"adapter {name!r}: the tokenizer gives token {largest}, but the base model's "
-                        f"vocab_size={shape.vocab_size}: they do not belong together"
-                    )
-
-    def _new_run(self, job: AdapterJob, train_set: SampleSet, eval_set: SampleSet | None) -> AdapterRun:
-        seed = self.config.seed if job.seed is None else job.seed
-        try:
-            self.model.add_adapter(job.name, job.adapter, seed=seed)
-        except ValueError as error:
-            raise ValueError(f"adapter {job.name!r}: {error}") from error
-        plan = StepPlan(
-            job.name,
-            train_set.samples,
-            batch_size=job.batch_size,
-            micro_batch_size=job.micro_batch_size or job.batch_size,
-            num_epochs=job.num_epochs,
-            max_steps=job.max_steps,
-            seed=seed,
-        )
-        if job.warmup_steps >= plan.num_steps:
-            raise ValueError(
-                f"adapter {job.name!r}: warmup_steps={job.warmup_steps} must be below its {plan.num_steps} steps"
-            )
-        loss_scale = LossScale() if self.model.dtype == torch.float16 else None
-        return AdapterRun(job, self.model, plan, train_set, eval_set, loss_scale)
+    @property
+    def runs(self) -> dict[str, AdapterRun]:
+        """The adapters that are on the model, by name."""
+        return {name: job.run for name, job in self.jobs.items() if job.run is not None}
 
     def train(self) -> TrainResult:
         """Run to the end, saving every adapter as it finishes.
@@ -139,18 +108,41 @@ class Trainer:
             The run's folder and each adapter's result.
 
         Raises:
-            TrainingError: when an adapter's loss or gradient stopped being finite. The others have finished and are
-                saved; so is the failed one, with its last good weights.
-            KeyboardInterrupt: on Ctrl-C, after the step in hand has been finished and every adapter saved.
+            UnfinishedError: when an adapter failed, or was stopped or refused. The others have finished and are saved;
+                so is the failed one, with its last good weights.
+            TrainingError: when the run could not go on.
+            KeyboardInterrupt: on Ctrl-C, after the step in hand has been finished and a checkpoint written. SIGTERM
+                raises SystemExit(143) likewise.
         """
+        if self._is_complete:
+            return self._tell_again()
         chosen = {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
-        folder = RunFolder(TrainConfig.from_dict({**self.config.to_dict(), **chosen}))
-        self._announce(folder)
-        num_steps = {name: run.plan.num_steps for name, run in self.runs.items()}
-        with InterruptGuard() as guard, MetricsWriter(folder.metrics) as metrics:
+        config = TrainConfig.from_dict({**self.config.to_dict(), **chosen})
+        with RunFolder(config, is_resumed=self._is_resumed) as folder:
+            return self._train_in(folder)
+
+    def _tell_again(self) -> TrainResult:
+        """The closing report of a run that came to its end before."""
+        assert self._checkpoint is not None
+        path = Path(str(self.config.output_dir)).expanduser()
+        self._say(f"The run in {path} is complete: nothing is left to do")
+        return finish(self.console, path, results_of(self._checkpoint.state, path, {}))
+
+    def _train_in(self, folder: RunFolder) -> TrainResult:
+        if folder.checkpoints.paths != self._paths_found:
+            raise ValueError(f"another process has trained in {folder.path} meanwhile: start again to go on from there")
+        folder.checkpoints.remove_after(self._checkpoint)
+        self._say(opening_line(self.model, folder.path))
+        print_sizes(self.console, self.model, list(self.jobs.values()))
+        kept = 0
+        if self._checkpoint is not None:
+            kept = self._checkpoint.state["metrics_bytes"]
+            warn_of_another_machine(self._checkpoint.state["machine"], self._warn)
+            self._say(f"Going on from {self._checkpoint.path}, after fused step {self.fused_run.fused_step:,}")
+        with InterruptGuard() as guard, MetricsWriter(folder.metrics, kept) as metrics:
             try:
-                with Progress(num_steps, self.console) as progress:
-                    self._loop(folder, guard, metrics, progress)
+                with self._listening(folder, metrics):
+                    self._loop(folder, guard, metrics)
             except BaseException:
                 # A second Ctrl-C or an error of ours: what was learnt is kept, and that error stays the news.
                 self._keep_and_tell(folder)
@@ -166,160 +158,140 @@ class Trainer:
             self._keep_and_tell(folder)
             raise
 
+    @contextmanager
+    def _listening(self, folder: RunFolder, metrics: MetricsWriter) -> Iterator[None]:
+        """Have every row of the run seen by all who want to see it."""
+        rows_before = typed_rows(read_metrics(folder.metrics))
+        num_steps = {name: job.data.plan.num_steps for name, job in self.jobs.items()}
+        with ExitStack() as stack:
+            progress = Progress(num_steps, self.console, max_batch_tokens=self.config.max_batch_tokens)
+            progress.catch_up(rows_before)
+            alarms = Alarms(progress.message, self.fused_run.queue.experts_a_token)
+            alarms.catch_up(rows_before)
+            self.fused_run.listeners = [metrics, stack.enter_context(progress), alarms]
+            stack.callback(self.fused_run.listeners.clear)
+            if self.config.tensorboard:
+                from moe_peft.training.scalars import Scalars
+
+                scalars = Scalars(folder.tensorboard)
+                stack.callback(scalars.close)
+                self.fused_run.listeners.append(scalars)
+            yield
+
+    def _loop(self, folder: RunFolder, guard: InterruptGuard, metrics: MetricsWriter) -> None:
+        """Fused steps until every job has ended, or until a signal comes."""
+        run, config = self.fused_run, self.config
+        journal, inbox = Journal(folder.journal), Inbox(folder.path)
+        self.model.train()
+        if self._checkpoint is None:
+            run.begin(folder)
+        while True:
+            journal.take_in(inbox, run.fused_step)
+            self._follow(journal.due(run.fused_step, run.journal_position), folder)
+            run.fill_places(folder)
+            if run.has_ended_jobs or guard.signal is not None:
+                self._save_checkpoint(folder, metrics)
+            if guard.signal is not None:
+                return
+            micro_batches = run.dispatcher.next_batch()
+            if not micro_batches:
+                # A repetition that ends sooner than the run it repeats (on another machine, say) leaves nothing out.
+                if rest := journal.due(None, run.journal_position):
+                    self._follow(rest, folder)
+                    continue
+                if inbox.close():
+                    return
+                time.sleep(PAUSE)
+                continue
+            run.finish_step(run.take_step(micro_batches), folder)
+            if run.has_ended_jobs or (config.save_steps is not None and run.fused_step % config.save_steps == 0):
+                self._save_checkpoint(folder, metrics)
+
+    def _follow(self, requests: list[Request], folder: RunFolder) -> None:
+        """Let requests from outside take effect."""
+        run = self.fused_run
+        for request in requests:
+            run.journal_position += 1
+            if request.job is not None:
+                try:
+                    run.tell([run.take_in(request.job, is_submitted=True)])
+                except (ValueError, OSError) as error:
+                    run.refuse(request.adapter, str(error).removeprefix(f"adapter {request.adapter!r}: "))
+            elif request.action == "refuse":
+                run.refuse(request.adapter, str(request.error))
+            elif request.adapter in self.jobs and self.jobs[request.adapter].is_under_way:
+                run.retire(self.jobs[request.adapter], Ending("stopped", "by request"), folder)
+
+    def _save_checkpoint(self, folder: RunFolder, metrics: MetricsWriter) -> None:
+        run = self.fused_run
+        run.stop_clocks()
+        run.has_ended_jobs = False
+        try:
+            state = {"format": FORMAT, **state_of(run), "metrics_bytes": metrics.sync(), "machine": machine()}
+            keep = self.config.keep_checkpoints
+            folder.checkpoints.write(run.fused_step, state, run.tensors(), keep=keep)
+        except OSError as error:
+            self._warn(
+                f"no checkpoint could be written after fused step {run.fused_step:,} ({error}): training goes on, and "
+                "the checkpoint before it stays"
+            )
+
     def _keep_and_tell(self, folder: RunFolder) -> list[str]:
-        """Save and draw what there is at an early end, and say where.
+        """Save and draw what there is at an early end, and say where, and how to go on.
 
         Returns:
             What could not be saved, and why.
         """
         unsaved = self._save_rest(folder)
         self._say("Stopped early; every adapter is saved as it stands:")
-        for path in folder.saved.values():
-            self._say(f"  {path}")
+        for job in self.jobs.values():
+            if job.saved_to is not None:
+                self._say(f"  {folder.path / job.saved_to}")
         for reason in unsaved:
             self._say(reason)
         self._draw(folder)
+        self._say(f"Go on with: python -m moe_peft.train {shlex.quote(str(folder.path / 'config.yaml'))}")
         return unsaved
 
-    def _draw(self, folder: RunFolder) -> None:
-        try:
-            folder.draw(list(self.runs.values()))
-        except Exception as error:  # pictures are worth no run
-            self._say(f"the pictures could not be drawn: {error}")
-
     def _save_rest(self, folder: RunFolder) -> list[str]:
-        """Save every adapter that has not finished.
+        """Save every adapter that is on the model.
 
         Returns:
             What could not be saved, and why: after a failure (a full disk, say) a smaller adapter may still fit.
         """
         unsaved = []
-        for run in self.runs.values():
-            if run.job.name not in folder.saved:
-                try:
-                    folder.save(self.model, run)
-                except Exception as error:
-                    unsaved.append(f"adapter {run.job.name!r} could not be saved: {error}")
+        for name, run in self.runs.items():
+            try:
+                run.settle()
+                self.jobs[name].saved_to = folder.save(self.model, name).relative_to(folder.path)
+            except Exception as error:
+                unsaved.append(f"adapter {name!r} could not be saved: {error}")
         return unsaved
+
+    def _draw(self, folder: RunFolder) -> None:
+        for run in self.runs.values():
+            run.take_expert_counts()  # up to here, in the record
+        records = {name: job.record.expert_counts for name, job in self.jobs.items()}
+        try:
+            folder.draw({name: counts for name, counts in records.items() if counts is not None})
+        except Exception as error:  # pictures are worth no run
+            self._say(f"the pictures could not be drawn: {error}")
+
+    def _close(self, folder: RunFolder) -> TrainResult:
+        self._draw(folder)
+        write_leaderboard(folder.path)
+        examples = {}
+        try:
+            examples = answer_held_out_prompts(
+                self.model, self.tokenizer, list(self.jobs.values()), folder.path, self.config.answer_examples
+            )
+        except (ValueError, RuntimeError, OSError) as error:  # out of memory, say: the report below is worth more
+            self._say(f"no prompts were answered: {error}")
+        return finish(self.console, folder.path, results_of(state_of(self.fused_run), folder.path, examples))
 
     def _say(self, text: str) -> None:
         # As it is: a path may hold what rich would read as markup.
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _announce(self, folder: RunFolder) -> None:
-        num_base = sum(weight.numel() for weight in self.model.parameters() if not weight.requires_grad)
-        summaries = [
-            AdapterSummary(
-                name=name,
-                method=run.job.method,
-                num_trainable=sum(weight.numel() for weight in run.parameters),
-                num_base=num_base,
-                num_samples=len(run.train_set.samples),
-                num_steps=run.plan.num_steps,
-                num_truncated=run.train_set.num_truncated,
-                num_skipped=run.train_set.num_skipped,
-            )
-            for name, run in self.runs.items()
-        ]
-        where = f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}"
-        if self.model.device.type == "cpu":
-            where += f" ({torch.get_num_threads()} threads)"
-        self._say(f"{num_base:,} frozen parameters, {where}; run folder {folder.path}")
-        print_report(self.console, parameters_table(summaries))
-
-    def _loop(self, folder: RunFolder, guard: InterruptGuard, metrics: MetricsWriter, progress: Progress) -> None:
-        runs = list(self.runs.values())
-        self._evaluate(runs, metrics, progress)
-        self._retire(runs, folder, progress)
-        self.model.train()
-        while guard.signal is None and (micro_batches := self.dispatcher.next_batch()):
-            stepped = self._step(micro_batches, metrics, progress)
-            self._evaluate([run for run in stepped if self._is_evaluation_due(run)], metrics, progress)
-            self._retire([self.runs[micro_batch.adapter] for micro_batch in micro_batches], folder, progress)
-
-    def _retire(self, runs: Sequence[AdapterRun], folder: RunFolder, progress: Progress) -> None:
-        """Save and take out the adapters that have reached their end, a good one or a bad one."""
-        for run in runs:
-            if not run.is_active:
-                self.dispatcher.remove(run.job.name)
-                folder.save(self.model, run)
-                progress.done(run.job.name, run.status)
-
-    def _step(
-        self, micro_batches: Sequence[MicroBatch], metrics: MetricsWriter, progress: Progress
-    ) -> list[AdapterRun]:
-        """One fused forward and backward, and the optimizer step of each adapter whose last micro-batch this was.
-
-        Returns:
-            The adapters that took an optimizer step.
-        """
-        runs = [self.runs[micro_batch.adapter] for micro_batch in micro_batches]
-        for run in runs:
-            run.start_clock()
-        parameters = {run.job.name: run.parameters for run in runs}
-        scales = {run.job.name: run.loss_scale.value for run in runs if run.loss_scale is not None}
-        ready = []
-        for outcome in run_fused(self.model, micro_batches, parameters, progress.message, scales):
-            run = self.runs[outcome.micro_batch.adapter]
-            if run.failure is None and run.take_in(outcome) and outcome.micro_batch.is_last:
-                ready.append((run, outcome.micro_batch))
-        if not ready:
-            return []
-        norms = torch.stack([run.gradient_norm() for run, _ in ready]).tolist()  # one transfer from a GPU
-        stepped = []
-        for (run, micro_batch), norm in zip(ready, norms, strict=True):
-            row = run.step(micro_batch, norm)
-            if row is not None:
-                metrics.write(row)
-                progress.step(row)
-                stepped.append(run)
-        return stepped
-
-    def _is_evaluation_due(self, run: AdapterRun) -> bool:
-        if run.eval_set is None:
-            return False
-        every = run.job.eval_steps
-        return not run.is_active or (every is not None and run.steps_taken % every == 0)
-
-    def _evaluate(self, runs: Sequence[AdapterRun], metrics: MetricsWriter, progress: Progress) -> None:
-        held_out = {run.job.name: run.eval_set.samples for run in runs if run.eval_set is not None}
-        if not held_out:
-            return
-        for run in self.runs.values():
-            run.stop_clock()
-        for name, (loss, count) in evaluate(self.model, held_out, self.config.max_batch_tokens).items():
-            run = self.runs[name]
-            row = EvalMetrics(adapter=name, step=run.steps_taken, eval_loss=loss, num_supervised_tokens=count)
-            run.record(row)
-            metrics.write(row)
-            progress.eval(row)
-
-    def _close(self, folder: RunFolder) -> TrainResult:
-        self._draw(folder)
-        runs = list(self.runs.values())
-        answers: dict[str, tuple[AnswerExample, ...]] = {}
-        try:
-            answers = answer_held_out_prompts(self.model, self.tokenizer, runs, self.config.answer_examples)
-        except (ValueError, RuntimeError) as error:  # out of memory, say: the report below is worth more
-            self._say(f"no prompts were answered: {error}")
-        results = tuple(
-            AdapterResult(
-                name=name,
-                status=run.status,
-                num_steps=run.steps_taken,
-                skipped_steps=run.loss_scale.num_skipped if run.loss_scale is not None else 0,
-                seconds=run.seconds,
-                eval_loss_before=run.evals[0].eval_loss if run.evals else None,
-                # A failed adapter has gone back to weights that no evaluation has seen.
-                eval_loss_after=run.evals[-1].eval_loss if len(run.evals) > 1 and run.failure is None else None,
-                saved_to=folder.saved[name],
-                examples=answers.get(name, ()),
-            )
-            for name, run in self.runs.items()
-        )
-        print_report(self.console, closing_report(results))
-        failed = [run for run in runs if run.failure is not None]
-        if failed:
-            reasons = "; ".join(f"adapter {run.job.name!r}: {run.failure}" for run in failed)
-            raise TrainingError(reasons)
-        return TrainResult(folder.path, results)
+    def _warn(self, text: str) -> None:
+        self._say(f"Warning: {text}")

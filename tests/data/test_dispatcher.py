@@ -226,3 +226,61 @@ def test_fuse_lays_samples_end_to_end() -> None:
     assert batch.labels.tolist() == [10, 11, 20, -100, -100, 32]
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 6]
     assert batch.batch_configs_ == (BatchConfig("a", 0, 2, 3, 1), BatchConfig("b", 2, 3, 7, 0))
+
+
+def test_an_adapter_that_comes_late_neither_starves_nor_monopolises() -> None:
+    plans = {
+        "long": plan_of([2000] * 8, "long", batch_size=2, micro_batch_size=2, num_epochs=6),
+        "short": plan_of([20] * 64, "short", batch_size=2, micro_batch_size=2, num_epochs=1),
+    }
+    dispatcher = Dispatcher(plans, 1)  # so that every forward has room for one alone
+    shares = dict.fromkeys(["long", "short", "late"], 0.0)
+    plans["late"] = plan_of([20] * 64, "late", batch_size=2, micro_batch_size=2, num_epochs=1)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            (micro_batch,) = dispatcher.next_batch()
+            shares[micro_batch.adapter] += 1 / plans[micro_batch.adapter].num_steps
+
+    run(28)  # half of what there is
+    assert shares["long"] == pytest.approx(0.5, abs=1 / 24)
+    assert shares["short"] == pytest.approx(0.5, abs=1 / 24)
+    dispatcher.add("late", plans["late"])
+    before = dict(shares)
+    run(22)
+    gained = {name: shares[name] - before[name] for name in shares}
+    assert gained["late"] == pytest.approx(gained["long"], abs=1 / 24 + 1 / 32)
+    assert gained["late"] == pytest.approx(gained["short"], abs=1 / 24 + 1 / 32)
+    assert min(gained.values()) > 0.1
+    drain(dispatcher)
+
+
+@given(settings=plans, budget=st.integers(1, 150), pause=st.integers(0, 20))
+def test_from_its_cursors_a_dispatcher_goes_on_as_it_would_have(settings: list[dict], budget: int, pause: int) -> None:
+    made = {f"a{i}": plan_of(name=f"a{i}", **changes) for i, changes in enumerate(settings)}
+    whole, first = Dispatcher({}, budget), Dispatcher({}, budget)
+    names = list(made)
+    expected = []
+    for dispatcher in (whole, first):
+        dispatcher.add(names[0], made[names[0]])
+        head = [dispatcher.next_batch() for _ in range(pause % 3)]
+        for name in names[1:]:  # late ones have a start of their own
+            dispatcher.add(name, made[name])
+        head += [dispatcher.next_batch() for _ in range(pause)]
+        expected.append(head)
+    assert expected[0] == expected[1]
+    second = Dispatcher({}, budget)
+    for name in first.adapters:
+        second.add(name, made[name], first.cursor(name))
+    assert drain(second) == drain(whole)
+
+
+def test_who_rejoins_is_level_with_the_furthest_behind() -> None:
+    plans = {name: plan_of([10] * 40, name, num_epochs=1) for name in "ab"}
+    dispatcher = Dispatcher({"a": plans["a"]}, 1)
+    for _ in range(3):
+        dispatcher.next_batch()
+    dispatcher.rejoin("b", plans["b"], 7)
+    order = [batch[0].adapter for batch in drain(dispatcher)]
+    assert order == ["a", "b", "a", "b", "a", "b", "a", "a", "a", "a"]
+    assert "b" not in dispatcher.adapters

@@ -197,10 +197,14 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_is_never_opened(model: LlamaForCausalLM, folder: Path) -> None:
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(folder / "exploded")))
-    (folder / WEIGHTS_FILE).unlink()
-    refused(model, folder, f"has no {WEIGHTS_FILE}", "adapter_model.bin is a pickle, which is never executed here")
+def test_a_pickle_is_never_executed(model: LlamaForCausalLM, folder: Path) -> None:
+    for protocol in (2, 5):
+        for bomb in (Bomb(folder / "exploded"), {"lora": Bomb(folder / "exploded")}):
+            (folder / "adapter_model.bin").write_bytes(pickle.dumps(bomb, protocol=protocol))
+            (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+            refused(model, folder, "adapter_model.bin is damaged, or holds more than weights, and is not opened")
+    torch.save({"lora": Bomb(folder / "exploded")}, folder / "adapter_model.bin")
+    refused(model, folder, "adapter_model.bin is damaged, or holds more than weights, and is not opened")
     # Nor under the name of a safetensors file.
     (folder / "adapter_model.bin").rename(folder / WEIGHTS_FILE)
     refused(model, folder, "is truncated or corrupted")

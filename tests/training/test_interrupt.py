@@ -52,7 +52,7 @@ def test_a_signal_lets_the_step_finish_then_saves_and_says_where(
         trainer.train()
     assert getattr(caught.value, "code", None) == code
     assert [signal.getsignal(number), signal.getsignal(signal.SIGINT)] == handlers
-    steps = {name: run.steps_taken for name, run in trainer.runs.items()}
+    steps = {name: job.record.steps_taken for name, job in trainer.jobs.items()}
     assert 0 < steps["qa"] < 50
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert max(row["step"] for row in rows if row["adapter"] == "qa") == steps["qa"]
@@ -130,7 +130,9 @@ def test_ctrl_c_on_the_command_exits_with_130(base: Path, data: str, tmp_path: P
         assert f"\n  run/adapters/{name}\n" in text
         assert loads(base, tmp_path / "run" / "adapters" / name)
     produced = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert produced == ["adapters", "config.yaml", "expert_load_mix.png", "loss.png", "metrics.jsonl"]
+    assert produced == [
+        "adapters", "checkpoints", "config.yaml", "experts-mix.png", "loss.png", "metrics.jsonl", "run.lock"
+    ]  # fmt: skip
 
 
 def test_the_guard_takes_one_signal_quietly_and_the_second_at_once() -> None:

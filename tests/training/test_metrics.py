@@ -29,11 +29,12 @@ def make_step(**changes):
 def test_rows_in_order_with_their_event_first(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     with MetricsWriter(path) as writer:
-        writer.write(make_step())
-        writer.write(EvalMetrics(adapter="qa", step=1, eval_loss=1.25, num_supervised_tokens=7))
+        writer.take(make_step())
+        writer.take(EvalMetrics(adapter="qa", step=1, eval_loss=1.25, num_supervised_tokens=7, fused_step=3))
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["step", "eval"]
-    assert lines[1] == '{"event": "eval", "adapter": "qa", "step": 1, "eval_loss": 1.25, "num_supervised_tokens": 7}'
+    numbers = '"step": 1, "eval_loss": 1.25, "num_supervised_tokens": 7, "fused_step": 3'
+    assert lines[1] == '{"event": "eval", "adapter": "qa", ' + numbers + "}"
     assert json.loads(lines[0])["lr"] == 2e-4
 
 
@@ -41,7 +42,7 @@ def test_every_row_can_be_read_while_the_run_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
         for step in (1, 2, 3):
-            writer.write(make_step(step=step))
+            writer.take(make_step(step=step))
             assert [row["step"] for row in read_metrics(path)] == list(range(1, step + 1))
 
 
@@ -49,7 +50,7 @@ def test_every_row_can_be_read_while_the_run_goes_on(tmp_path):
 def test_non_finite_numbers_become_null(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
-        writer.write(make_step(loss=bad))
+        writer.take(make_step(loss=bad))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -61,8 +62,8 @@ def test_non_finite_numbers_become_null(tmp_path, bad):
 def test_what_a_run_has_not_is_not_in_its_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
-        writer.write(make_step())
-        writer.write(make_step(loss_scale=65536.0, skipped_steps=0))
+        writer.take(make_step())
+        writer.take(make_step(loss_scale=65536.0, skipped_steps=0))
     without, with_scale = read_metrics(path)
     assert with_scale == {**without, "loss_scale": 65536.0, "skipped_steps": 0}
     assert not {"loss_scale", "skipped_steps"} & without.keys()
@@ -71,12 +72,12 @@ def test_what_a_run_has_not_is_not_in_its_rows(tmp_path):
 def test_appends_behind_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
-        writer.write(make_step(step=1))
+        writer.take(make_step(step=1))
     with path.open("a", encoding="utf-8") as file:
         file.write('{"event": "step", "ada')
     assert [row["step"] for row in read_metrics(path)] == [1]
     with MetricsWriter(path) as writer:
-        writer.write(make_step(step=2))
+        writer.take(make_step(step=2))
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from moe_peft.training.metrics import EvalMetrics, MetricsWriter, StepMetrics
+from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, MetricsWriter, StepMetrics
 from moe_peft.training.plots import moving_average, plot_expert_load, plot_loss_curves
 
 
@@ -30,7 +30,7 @@ def write_run(path, losses, eval_losses=(), aux_loss=0.0):
     with MetricsWriter(path) as writer:
         for name, values in losses.items():
             for step, loss in enumerate(values, start=1):
-                writer.write(
+                writer.take(
                     StepMetrics(
                         adapter=name,
                         step=step,
@@ -47,7 +47,7 @@ def write_run(path, losses, eval_losses=(), aux_loss=0.0):
                     )
                 )
         for name, step, loss in eval_losses:
-            writer.write(EvalMetrics(adapter=name, step=step, eval_loss=loss, num_supervised_tokens=1))
+            writer.take(EvalMetrics(adapter=name, step=step, eval_loss=loss, num_supervised_tokens=1))
 
 
 def curves(axis):
@@ -93,6 +93,21 @@ def test_router_losses_get_their_own_axis(tmp_path, figures):
     np.testing.assert_array_equal(curves(aux_axis)["qa"].get_ydata(), [0.25, 0.25])
 
 
+def test_twenty_adapters_keep_their_legend_inside_the_picture(tmp_path, figures):
+    losses = {f"customer-{i:02d}": [3.0, 2.0, 1.0] for i in range(20)}
+    write_run(tmp_path / "m.jsonl", losses, [(name, 3, 1.5) for name in losses])
+    with MetricsWriter(tmp_path / "m.jsonl") as writer:
+        writer.take(JobMetrics(adapter="refused-one", state="refused"))
+        writer.take(ExpertMetrics(adapter="customer-00", step=3, counts=((1, 2),)))
+    plot_loss_curves(tmp_path / "m.jsonl", tmp_path / "loss.png")
+    (figure,) = figures
+    (axis,) = figure.axes
+    assert len(curves(axis)) == 40 and not any("refused" in label for label in curves(axis))
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and figure.bbox.y0 <= legend.y0
+    assert legend.x0 >= axis.get_window_extent().x1 > 0.5 * figure.bbox.x1
+
+
 def test_a_run_without_steps_still_has_a_picture(tmp_path):
     (tmp_path / "m.jsonl").write_text("", encoding="utf-8")
     plot_loss_curves(tmp_path / "m.jsonl", tmp_path / "loss.png")
@@ -121,9 +136,10 @@ def test_expert_load_shows_every_share_around_balance(tmp_path, figures, layers,
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("expert", "layer")
 
 
-def test_a_collapsed_layer_is_drawn(tmp_path):
-    plot_expert_load(np.array([[1.0, 0.0, 0.0, 0.0]]), tmp_path / "load.png", "qa")
+def test_a_collapsed_layer_is_drawn_and_one_without_tokens_left_blank(tmp_path, figures):
+    plot_expert_load(np.array([[1.0, 0.0, 0.0, 0.0], [np.nan] * 4]), tmp_path / "load.png", "qa")
     assert png_size(tmp_path / "load.png")
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["100", "0", "0", "0"]
 
 
 def test_nothing_global_is_touched(tmp_path):

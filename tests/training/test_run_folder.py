@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_run import adapter_entry, new_trainer, run_config
 
 from moe_peft.config import TrainConfig
@@ -62,26 +61,39 @@ def test_the_home_folder_is_understood(config: TrainConfig, tmp_path: Path, monk
         check_output_dir("~/runs/a")
 
 
-def test_saving_again_replaces_and_remembers_the_place(config: TrainConfig) -> None:
+def test_saving_again_replaces(config: TrainConfig) -> None:
     trainer = new_trainer(config)
     folder = RunFolder(config)
-    assert folder.saved == {}
     run = trainer.runs["qa"]
-    folder.save(trainer.model, run)
+    assert folder.save(trainer.model, "qa") == folder.adapter("qa") == Path("runs/run-001/adapters/qa")
     first = (folder.adapter("qa") / "adapter_model.safetensors").read_bytes()
     for weight in run.parameters:
         weight.data.add_(1)
-    folder.save(trainer.model, run)
+    folder.save(trainer.model, "qa")
     assert (folder.adapter("qa") / "adapter_model.safetensors").read_bytes() != first
-    assert folder.saved == {"qa": Path("runs/run-001/adapters/qa")}
-    assert run.status == "interrupted"
 
 
-def test_weights_that_are_not_finite_are_never_saved(config: TrainConfig) -> None:
-    trainer = new_trainer(config)
-    run = trainer.runs["qa"]
-    good = [weight.detach().clone() for weight in run.parameters]
-    run.parameters[1].data.view(-1)[3] = torch.nan
-    RunFolder(config).save(trainer.model, run)
-    assert all(torch.equal(weight, expected) for weight, expected in zip(run.parameters, good, strict=True))
-    assert run.status.startswith("failed: the norm of the weights, nan, must be finite")
+def test_one_process_at_a_time(config: TrainConfig) -> None:
+    mine = dataclasses.replace(config, output_dir="mine")
+    with RunFolder(mine), pytest.raises(ValueError, match="the run folder mine is being trained by process"):
+        RunFolder(mine, is_resumed=True)
+    RunFolder(mine, is_resumed=True).close()
+
+
+def test_what_a_killed_process_left_half_written_is_removed(config: TrainConfig, tmp_path: Path) -> None:
+    mine = dataclasses.replace(config, output_dir="mine")
+    RunFolder(mine).close()
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "mine" / ".config.yaml.0123.partial").write_text("half")
+    (tmp_path / "mine" / "adapters").mkdir()
+    (tmp_path / "mine" / "adapters" / ".qa.0123.partial").mkdir()
+    RunFolder(mine, is_resumed=True).close()
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "mine" / "adapters"])
+
+
+def test_a_folder_that_a_run_left_at_its_very_beginning_is_taken(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.lock").write_text("")
+    (tmp_path / "mine" / ".config.yaml.0123.partial").write_text("half")
+    RunFolder(dataclasses.replace(config, output_dir="mine")).close()
+    assert (tmp_path / "mine" / "config.yaml").is_file()

@@ -67,7 +67,7 @@ def test_closing_report():
     results = [
         AdapterResult(
             name="qa",
-            status="done",
+            state="done",
             num_steps=60,
             seconds=125.0,
             eval_loss_before=2.0,
@@ -75,7 +75,7 @@ def test_closing_report():
             saved_to=Path("runs/" + "a-folder-of-a-long-name/" * 8 + "qa"),
             examples=(example, example),
         ),
-        AdapterResult(name="broken", status="non-finite loss at step 3", num_steps=2, seconds=3.0),
+        AdapterResult(name="broken", state="failed", reason="non-finite loss at step 3", num_steps=2, seconds=3.0),
     ]
     text = plain_text(closing_report(results))
     assert cells(text, "qa") == ["qa", "2.000", "0.500", "-75.0%", "60", "2:05", "done"]
@@ -89,7 +89,7 @@ def test_closing_report():
 
 
 def test_skipped_steps_get_a_column_when_there_are_any():
-    fields = {"status": "done", "num_steps": 60, "seconds": 125.0}
+    fields = {"state": "done", "num_steps": 60, "seconds": 125.0}
     calm = AdapterResult(name="calm", **fields)
     assert "skipped" not in plain_text(closing_report([calm]))
     text = plain_text(closing_report([calm, AdapterResult(name="qa", skipped_steps=3, **fields)]))
@@ -100,14 +100,14 @@ def test_skipped_steps_get_a_column_when_there_are_any():
 
 def test_an_empty_answer_is_shown_as_such():
     example = AnswerExample(prompt="p", expected="e", base_answer=" \n", adapter_answer="")
-    result = AdapterResult(name="qa", status="done", num_steps=1, seconds=1.0, examples=(example,))
+    result = AdapterResult(name="qa", state="done", num_steps=1, seconds=1.0, examples=(example,))
     assert plain_text(closing_report([result])).count("(nothing)") == 2
 
 
 def test_a_narrow_terminal_folds_text_and_keeps_the_path_whole():
     example = AnswerExample(prompt="word " * 30, expected="e", base_answer="b", adapter_answer="a")
     path = Path("runs/" + "x" * 100)
-    result = AdapterResult(name="qa", status="done", num_steps=1, seconds=1.0, saved_to=path, examples=(example,))
+    result = AdapterResult(name="qa", state="done", num_steps=1, seconds=1.0, saved_to=path, examples=(example,))
     console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
     print_report(console, closing_report([result]))
     lines = console.file.getvalue().splitlines()

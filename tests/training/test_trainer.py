@@ -19,7 +19,7 @@ quiet = pytest.mark.usefixtures("no_pictures")
 
 STEP_FIELDS = {
     "event", "adapter", "step", "num_steps", "epoch", "loss", "aux_loss", "lr", "grad_norm", "num_supervised_tokens",
-    "num_tokens", "seconds", "tokens_per_second",
+    "num_tokens", "seconds", "tokens_per_second", "fused_step",
 }  # fmt: skip
 
 
@@ -35,17 +35,18 @@ def test_a_run_leaves_everything_it_promises(base: Path, data: str, held_out: st
     result = trainer.train()
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapters", "config.yaml", "expert_load_mix.png", "loss.png", "metrics.jsonl"
+        "adapters", "checkpoints", "config.yaml", "experts-mix.png", "inbox", "leaderboard.json", "leaderboard.md",
+        "loss.png", "metrics.jsonl", "run.lock",
     ]  # fmt: skip
     resolved = dataclasses.replace(config, dtype="float32", device="cpu")
     assert TrainConfig.from_file(folder / "config.yaml") == resolved
-    for picture in ("loss.png", "expert_load_mix.png"):
+    for picture in ("loss.png", "experts-mix.png"):
         pixels = imread(folder / picture)
         assert pixels.ndim == 3
         assert pixels[..., :3].std() > 0.01, f"{picture} is blank"
 
     rows = read_metrics(folder / "metrics.jsonl")
-    steps = {name: [row for row in rows if row["event"] == "step" and row["adapter"] == name] for name in trainer.runs}
+    steps = {name: [row for row in rows if row["event"] == "step" and row["adapter"] == name] for name in trainer.jobs}
     assert [row["step"] for row in steps["qa"]] == list(range(1, 9))
     assert [row["epoch"] for row in steps["qa"]] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
     assert [row["step"] for row in steps["mix"]] == list(range(1, 6))
@@ -56,7 +57,7 @@ def test_a_run_leaves_everything_it_promises(base: Path, data: str, held_out: st
         assert row["num_steps"] == {"qa": 8, "mix": 5}[row["adapter"]]
         assert 0 < row["num_supervised_tokens"] < row["num_tokens"]
         assert (row["aux_loss"] > 0) is (row["adapter"] == "mix")
-    evals = {name: [row for row in rows if row["event"] == "eval" and row["adapter"] == name] for name in trainer.runs}
+    evals = {name: [row for row in rows if row["event"] == "eval" and row["adapter"] == name] for name in trainer.jobs}
     assert [row["step"] for row in evals["qa"]] == [0, 8]
     assert [row["step"] for row in evals["mix"]] == [0, 2, 4, 5]
 
@@ -89,7 +90,7 @@ def test_what_was_saved_is_what_was_trained(base: Path, data: str, held_out: str
     model = load_base_model(base)
     for adapter in result.adapters:
         load_adapter(model, adapter.saved_to, adapter.name)
-        samples = trainer.runs[adapter.name].eval_set.samples
+        samples = trainer.jobs[adapter.name].data.eval_set.samples
         assert evaluate(model, {adapter.name: samples}, 10**6)[adapter.name][0] == pytest.approx(
             adapter.eval_loss_after, rel=1e-6
         )
@@ -97,13 +98,18 @@ def test_what_was_saved_is_what_was_trained(base: Path, data: str, held_out: str
 
 @quiet
 def test_the_expert_load_counts_every_routed_token(base: Path, data: str, tmp_path: Path) -> None:
-    entry = adapter_entry("mix", data, method="mixlora", num_experts=5, top_k=2, micro_batch_size=3)
+    entry = adapter_entry("mix", data, method="mixlora", num_experts=5, top_k=2, micro_batch_size=3, max_steps=23)
     trainer = new_trainer(run_config(base, tmp_path / "run", entry))
     trainer.train()
-    counts = trainer.runs["mix"].expert_counts
-    num_tokens = sum(row["num_tokens"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    counts = torch.tensor(trainer.jobs["mix"].record.expert_counts)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    num_tokens = sum(row["num_tokens"] for row in rows if row["event"] == "step")
     assert counts.shape == (2, 5)
     assert counts.sum(dim=1).tolist() == [2 * num_tokens] * 2
+    # A row every ten steps and one at the end, each with what has come since the one before.
+    of_rows = [row for row in rows if row["event"] == "experts"]
+    assert [row["step"] for row in of_rows] == [10, 20, 23]
+    assert sum(torch.tensor(row["counts"]) for row in of_rows).tolist() == counts.tolist()
 
 
 @quiet
@@ -135,12 +141,12 @@ def test_records_of_every_kind_train(base: Path, tmp_path: Path) -> None:
     assert [adapter.status for adapter in result.adapters] == ["done"] * 6
     answered = {adapter.name: len(adapter.examples) for adapter in result.adapters}
     assert answered == {"text": 0, "chat": 1, "instruction": 1, "by_alpaca": 0, "by_moe_peft": 0, "as_chat": 1}
-    supervised = {name: run.train_set.num_supervised_tokens for name, run in trainer.runs.items()}
+    supervised = {name: job.data.train_set.num_supervised_tokens for name, job in trainer.jobs.items()}
     # A text is learnt whole, a chat's two answers and their ends only.
-    text = trainer.runs["text"].train_set
+    text = trainer.jobs["text"].data.train_set
     assert supervised["text"] == text.num_tokens - len(text.samples)
     decode = trainer.tokenizer.decode
-    chat = trainer.runs["chat"].train_set.samples[3]
+    chat = trainer.jobs["chat"].data.train_set.samples[3]
     learnt = [token for token in chat.labels if token != -100]
     assert decode(learnt, skip_special_tokens=False) == "3</s>3!</s>"
 
@@ -158,16 +164,17 @@ def test_the_base_may_be_of_any_dtype_and_adapters_are_float32_at_least(
     wide = torch.float64 if dtype == "float64" else torch.float32
     frozen = {name: weight.clone() for name, weight in trainer.model.named_parameters() if not weight.requires_grad}
     assert {weight.dtype for weight in frozen.values()} == {getattr(torch, dtype)}
+    runs = trainer.runs
     result = trainer.train()
     for adapter in result.adapters:
         assert adapter.eval_loss_after < 0.9 * adapter.eval_loss_before
         saved = load_file(adapter.saved_to / "adapter_model.safetensors")
         assert {weight.dtype for weight in saved.values()} == {wide}
-        for weight in trainer.runs[adapter.name].parameters:
+        for weight in runs[adapter.name].parameters:
             assert weight.dtype == wide
             assert all(
                 state.dtype == wide
-                for key, state in trainer.runs[adapter.name].optimizer.state[weight].items()
+                for key, state in runs[adapter.name].optimizer.state[weight].items()
                 if key != "step"
             )
     for name, weight in trainer.model.named_parameters():
@@ -196,7 +203,7 @@ def test_activation_checkpointing_changes_no_bit(setting: str, base: Path, data:
         trainer.train()
         rows = read_metrics(tmp_path / name / "metrics.jsonl")
         clockless = [{key: row[key] for key in row if key not in ("seconds", "tokens_per_second")} for row in rows]
-        files = [tmp_path / name / "adapters" / adapter / "adapter_model.safetensors" for adapter in trainer.runs]
+        files = [tmp_path / name / "adapters" / adapter / "adapter_model.safetensors" for adapter in trainer.jobs]
         results[name] = clockless, [file.read_bytes() for file in files]
     assert results["again"] == results["kept"]
 
@@ -223,7 +230,7 @@ def test_overlong_records_and_cut_prompts_are_counted(base: Path, tmp_path: Path
     data = write_jsonl(tmp_path / "data.jsonl", records)
     config = run_config(base, tmp_path / "run", adapter_entry("qa", data, cutoff_len=40, overlong="skip"))
     trainer = new_trainer(config)
-    assert len(trainer.runs["qa"].train_set.samples) == 2
+    assert len(trainer.jobs["qa"].data.train_set.samples) == 2
     trainer.train()
     (row,) = [
         line.split() for line in trainer.console.file.getvalue().splitlines() if line.split()[:2] == ["qa", "lora"]

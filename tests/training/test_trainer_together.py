@@ -18,7 +18,7 @@ from moe_peft.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-OTHER_FIELDS = ("event", "adapter", "seconds", "tokens_per_second")
+OTHER_FIELDS = ("event", "adapter", "seconds", "tokens_per_second", "fused_step")
 
 
 def rows_of(config: TrainConfig, adapter: str, event: str = "step") -> list[dict]:
@@ -155,7 +155,9 @@ def test_an_adapter_that_breaks_ends_with_its_last_good_weights(
     def config(name: str, budget: int) -> TrainConfig:
         entries = [
             adapter_entry("before", data, max_steps=6, lora_dropout=0.1),
-            adapter_entry("bad", data, method="mixlora", num_experts=3, top_k=3, max_steps=6, eval_data=held_out),
+            adapter_entry(
+                "bad", data, method="mixlora", num_experts=3, top_k=3, max_steps=6, eval_data=held_out, max_bad_steps=1
+            ),
             adapter_entry("after", data, method="mixlora", num_experts=3, max_steps=6, eval_data=held_out),
         ]
         return run_config(base, tmp_path / name, *entries, max_batch_tokens=budget)
@@ -169,8 +171,8 @@ def test_an_adapter_that_breaks_ends_with_its_last_good_weights(
             trainer.train()
         message = str(caught.value)
         assert message.startswith("adapter 'bad': ")
-        assert "must be finite (after optimizer step 3; the weights of step 2 are kept)" in message
-        assert trainer.runs["bad"].steps_taken == 3
+        assert "must be finite (after optimizer step 4; the weights of step 2 are kept)" in message
+        assert trainer.jobs["bad"].record.steps_taken == 4
         # Step 3's weights are what broke: those before it gave the last finite loss.
         saved = saved_weights(broken, "bad")
         assert all(torch.equal(saved[name], weight) for name, weight in before[2].items())
@@ -222,7 +224,8 @@ def test_a_base_that_gives_no_loss_trains_nothing(base: Path, data: str, held_ou
     trainer.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(TrainingError) as caught:
         trainer.train()
-    assert "adapter 'qa': eval_loss=nan must be finite" in str(caught.value)
-    assert "adapter 'mix': loss=nan" in str(caught.value)
-    assert rows_of(config, "qa") == rows_of(config, "mix") == []
+    assert "adapter 'qa': failed: eval_loss=nan must be finite" in str(caught.value)
+    assert "adapter 'mix': failed: loss=nan" in str(caught.value)
+    assert rows_of(config, "qa") == []
+    assert [(row["loss"], row["skipped_steps"]) for row in rows_of(config, "mix")] == [(None, 1), (None, 2), (None, 3)]
     assert [row["eval_loss"] for row in rows_of(config, "qa", "eval")] == [None]

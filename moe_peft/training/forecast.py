@@ -1,0 +1,189 @@
+"""What a run is going to do, known from its config, its data and the headers of the base model alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from moe_peft.config import AdapterJob, TrainConfig
+from moe_peft.data.dispatcher import Dispatcher, MicroBatch
+from moe_peft.data.samples import Sample
+from moe_peft.data.tokenizer import load_tokenizer
+from moe_peft.io.base_model import BaseModelShape, read_base_model_shape, without_memory
+from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.training.preparation import JobData, JobReader, check_fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterForecast:
+    """One adapter of the run.
+
+    Args:
+        job: its settings.
+        data: its samples and the plan of its steps.
+        num_trainable: its parameters.
+        num_router: those of them that route.
+    """
+
+    job: AdapterJob
+    data: JobData
+    num_trainable: int
+    num_router: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its steps."""
+        lengths = [len(sample.input_ids) for sample in self.data.plan.samples]
+        plan = self.data.plan
+        epochs, rest = divmod(plan.num_steps, plan.steps_per_epoch)
+        of_rest = sum(
+            micro_batch.num_tokens
+            for step in range(plan.num_steps - rest, plan.num_steps)
+            for micro_batch in plan.micro_batches(step)
+        )
+        return epochs * sum(lengths) + of_rest
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Tokens that its longest samples would have in one forward."""
+        lengths = sorted((len(sample.input_ids) for sample in self.data.plan.samples), reverse=True)
+        return sum(lengths[: self.data.plan.micro_batch_size])
+
+    @property
+    def eval_samples(self) -> tuple[Sample, ...]:
+        """Its held-out samples."""
+        return () if self.data.eval_set is None else self.data.eval_set.samples
+
+    @property
+    def num_evaluations(self) -> int:
+        """Before the first step, every ``eval_steps``, and after the last."""
+        if self.data.eval_set is None:
+            return 0
+        steps = self.data.plan.num_steps
+        return 2 if self.job.eval_steps is None else 1 + -(-steps // self.job.eval_steps)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients wait for the step's further micro-batches while a forward runs."""
+        return self.job.micro_batch_size is not None and self.job.micro_batch_size < self.job.batch_size
+
+    @property
+    def state_bytes(self) -> int:
+        """What it holds as long as it trains: weights, the optimizer's state, the last good weights and the best."""
+        moments = {"adamw": 2, "sgd": int(self.job.momentum > 0)}[self.job.optimizer]
+        return (2 + moments + (self.job.patience is not None)) * self.weight_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights alone; a gradient has as many."""
+        return 4 * self.num_trainable
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """One forward and backward of the run.
+
+    Args:
+        parts: adapter, optimizer step and micro-batch of each of its parts.
+        num_tokens: of all of them.
+    """
+
+    parts: tuple[tuple[str, int, int], ...]
+    num_tokens: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The adapters in it."""
+        return frozenset(name for name, _, _ in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunForecast:
+    """The whole run.
+
+    Args:
+        config: the run's.
+        shape: of the base model.
+        num_base: its parameters.
+        adapters: one for each of the config's, by name.
+        steps: its forwards, in order.
+    """
+
+    config: TrainConfig
+    shape: BaseModelShape
+    num_base: int
+    adapters: Mapping[str, AdapterForecast]
+    steps: tuple[FusedStep, ...]
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the frozen weights."""
+        return self.num_base * self.shape.dtype.itemsize
+
+    def micro_batches(self, step: FusedStep) -> list[MicroBatch]:
+        """What one of the forwards is made of."""
+        return [self.adapters[name].data.plan.micro_batches(number)[index] for name, number, index in step.parts]
+
+
+def forecast_run(config: TrainConfig) -> RunForecast:
+    """Read what the run would read, the weights left aside, and play its schedule through.
+
+    Raises:
+        FileNotFoundError: when the base model is not there.
+        ValueError: on anything for which the run would be refused.
+    """
+    reader = JobReader(load_tokenizer(config.base_model), config.seed)
+    data = {job.name: reader.read(job) for job in config.adapters}
+    shape = read_base_model_shape(config.base_model, config.dtype, config.device)
+    for name, own in data.items():
+        check_fit(name, own, shape.config)
+    base = shape.empty_model()
+    adapters = {}
+    counted: dict[object, tuple[int, int]] = {}  # the members of a sweep differ in little that counts
+    for job in config.adapters:
+        if job.adapter not in counted:
+            counted[job.adapter] = _count(base, job)
+        trainable, router = counted[job.adapter]
+        adapters[job.name] = AdapterForecast(job=job, data=data[job.name], num_trainable=trainable, num_router=router)
+    return RunForecast(
+        config=config,
+        shape=shape,
+        num_base=sum(weight.numel() for weight in base.parameters()),
+        adapters=adapters,
+        steps=tuple(fused_steps(adapters, config.max_batch_tokens, config.max_concurrent_adapters)),
+    )
+
+
+def _count(base: LlamaForCausalLM, job: AdapterJob) -> tuple[int, int]:
+    """Parameters of an adapter on this base, and those of its routers."""
+    try:
+        with without_memory():
+            base.add_adapter(job.name, job.adapter)
+    except ValueError as error:
+        raise ValueError(f"adapter {job.name!r}: {error}") from error
+    weights = {
+        id(weight): (weight.numel(), job.adapter.is_router(key))
+        for key, weight, _ in base.named_adapter_weights(job.name)
+    }
+    base.remove_adapter(job.name)
+    return sum(size for size, _ in weights.values()), sum(size for size, routes in weights.values() if routes)
+
+
+def fused_steps(
+    adapters: Mapping[str, AdapterForecast], max_batch_tokens: int, max_concurrent: int | None
+) -> Iterator[FusedStep]:
+    """The forwards of a run in which nothing fails and nobody stops, as the dispatcher composes them."""
+    dispatcher = Dispatcher({}, max_batch_tokens)
+    queue = list(adapters)
+    while True:
+        while queue and (max_concurrent is None or len(dispatcher.adapters) < max_concurrent):
+            name = queue.pop(0)
+            dispatcher.add(name, adapters[name].data.plan)
+        micro_batches = dispatcher.next_batch()
+        if not micro_batches:
+            return
+        yield FusedStep(
+            tuple((part.adapter, part.step, part.index) for part in micro_batches),
+            sum(part.num_tokens for part in micro_batches),
+        )
+        for part in micro_batches:
+            if part.adapter not in dispatcher.adapters:
+                dispatcher.remove(part.adapter)

@@ -1,0 +1,262 @@
+"""One adapter at one step: the fused batch against the adapter alone, and both against what rounding alone does.
+
+Letters: T tokens, E experts, W tensors of the adapter.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_peft.model.forward import chosen_experts
+from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.training.adapter_run import AdapterRun
+from moe_peft.training.fused_step import Outcome
+from moe_peft.training.proof_alone import Alone
+from moe_peft.training.proof_gradients import GradientMeter
+
+# What wide dtypes may differ by; a 16-bit type has no such number, its rounding is measured.
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5}
+NUM_REPEATS = 5
+NOISE_FACTOR = 3
+# A wide dtype rounds its sums term by term, and a product of another shape adds up in another way, several times less
+# exactly perhaps; a 16-bit type rounds the finished sum, whatever the shape.
+WIDE_NOISE_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The tensor whose gradients are furthest apart, for what is allowed it.
+
+    Args:
+        value: how far, relative to the gradient of the adapter alone.
+        allowed: how far it may be.
+        tensor: its name.
+    """
+
+    value: float
+    allowed: float
+    tensor: str
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is no more than rounding."""
+        return self.value <= self.allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What became of one adapter's micro-batch in the fused batch and alone.
+
+    Args:
+        adapter: its name.
+        step: its optimizer step, from 1.
+        share: of the fused batch's tokens.
+        loss: in the fused batch: its part of the step's mean loss.
+        loss_alone: likewise, alone.
+        norm: of the gradient in the fused batch.
+        norm_alone: likewise, alone.
+        fused: fused batch against alone; None where it had no neighbours.
+        reordered: alone with its samples in another order against alone; None where it has only one.
+        num_choices: what the routers chose, a token and layer each; 0 without routers.
+        num_flips: choices that are others alone.
+        num_wrong_flips: those of them that rounding does not explain.
+        problems: what is wrong, in words; none when all is well.
+    """
+
+    adapter: str
+    step: int
+    share: float
+    loss: float
+    loss_alone: float
+    norm: float
+    norm_alone: float
+    fused: Gap | None = None
+    reordered: Gap | None = None
+    num_choices: int = 0
+    num_flips: int = 0
+    num_wrong_flips: int = 0
+    problems: tuple[str, ...] = ()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether fusing changed nothing but rounding."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """What rounding alone does.
+
+    Args:
+        gradients: largest relative distance of every tensor's kind, ``[W]``.
+        losses: largest difference of the loss, and of the router losses.
+        logits: largest difference of router logits, a routed layer each.
+    """
+
+    gradients: Tensor
+    losses: list[float]
+    logits: list[float]
+
+
+class Examination:
+    """Compares one adapter's share of a fused batch with the adapter alone.
+
+    Args:
+        model: with the weights of which the fused batch was computed.
+        run: the adapter's training.
+        fused: what the fused batch gave it.
+        share: its share of that batch's tokens.
+        tick: called after every run of the adapter alone.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, run: AdapterRun, fused: Outcome, share: float, tick: Callable[[], None]
+    ) -> None:
+        self._limit = LIMITS.get(model.dtype)
+        self._loss_limit = self._limit or torch.finfo(model.dtype).eps
+        self._factor = NOISE_FACTOR if self._limit is None else WIDE_NOISE_FACTOR
+        self._meter = GradientMeter(model, run.job.name)
+        self._top_k = run.job.adapter.top_k if fused.router_logits else 0
+        self._fused, self._share, self._tick = fused, share, tick
+        self._messages: list[str] = []
+        self._run_alone = Alone(model, run, fused, self._messages.append)
+
+    def check(self) -> Check:
+        """Run the adapter alone as often as it takes."""
+        fused = self._fused
+        if fused.is_fatal:  # out of memory: alone it would be no better
+            return replace(self._numbers(fused), problems=(f"in the fused batch: {fused.failure}",))
+        alone, own_logits = self._run_alone()
+        self._tick()
+        failure = self._failure_of(alone)
+        if failure is not None:
+            return replace(self._numbers(alone), problems=(failure,))
+        apart = self._meter.distance(fused.gradients, alone.gradients) if self._share < 1 else None
+        moved = self._moved(alone)
+        # Wide dtypes are measured only where their fixed limit does not hold: on a deep model, say.
+        noise = self._noise(alone, own_logits) if self._limit is None else None
+        check = self._judge(alone, own_logits, apart, moved, noise)
+        if noise is None and not check.is_good:
+            check = self._judge(alone, own_logits, apart, moved, self._noise(alone, own_logits))
+        return check
+
+    def _failure_of(self, alone: Outcome) -> str | None:
+        for where, outcome in (("in the fused batch", self._fused), ("alone", alone)):
+            if outcome.failure is not None:
+                return f"{where}: {outcome.failure}"
+            if not math.isfinite(self._meter.norm(outcome.gradients)):
+                return f"{where}: the gradient must be finite"
+        if self._fused.micro_batch.part:
+            return "out of memory: its micro-batch was split, and the parts are nothing to compare with"
+        return None
+
+    def _moved(self, alone: Outcome) -> Tensor | None:
+        """How far the gradients of every tensor move with the samples in reverse order, ``[W]``."""
+        num_samples = len(self._fused.micro_batch.samples)
+        reordered = self._run_alone(order=range(num_samples)[::-1])[0] if num_samples > 1 else None
+        self._tick()
+        return None if reordered is None else self._meter.distance(reordered.gradients, alone.gradients)
+
+    def _noise(self, alone: Outcome, own_logits: tuple[Tensor, ...]) -> _Noise:
+        gradients = torch.zeros(len(self._meter.names), dtype=torch.float64)
+        losses, logits = [0.0, 0.0], [0.0] * len(own_logits)
+        for number in range(NUM_REPEATS):
+            repeat, repeat_logits = self._run_alone(nudge=number)
+            self._tick()
+            if repeat.failure is not None:
+                continue
+            gradients = gradients.maximum(self._meter.distance(repeat.gradients, alone.gradients))
+            losses = [
+                max(most, abs(one - other))
+                for most, one, other in zip(losses, _losses(repeat), _losses(alone), strict=True)
+            ]
+            logits = [
+                max(most, float((one - other).abs().max()))
+                for most, one, other in zip(logits, repeat_logits, own_logits, strict=True)
+            ]
+        return _Noise(self._meter.largest_of_kind(gradients), losses, logits)
+
+    def _judge(
+        self,
+        alone: Outcome,
+        own_logits: tuple[Tensor, ...],
+        apart: Tensor | None,
+        moved: Tensor | None,
+        noise: _Noise | None,
+    ) -> Check:
+        allowed = torch.full((len(self._meter.names),), self._limit or 0.0, dtype=torch.float64)
+        if noise is not None:
+            allowed = allowed.maximum(self._factor * noise.gradients)
+        fused, reordered = (None if found is None else self._gap(found, allowed) for found in (apart, moved))
+        num_flips, num_wrong = self._flips(own_logits, noise)
+        problems = []
+        if fused is not None and not fused.is_good:
+            problems.append(f"its neighbours change its gradient: {_words(fused)}")
+        if reordered is not None and not reordered.is_good:
+            problems.append(f"the order of its samples changes its gradient: {_words(reordered)}")
+        if num_wrong:
+            problems.append(f"{num_wrong} routing choices differ by more than rounding")
+        if self._share < 1:
+            problems += self._changed_losses(alone, noise)
+        return replace(
+            self._numbers(alone),
+            fused=fused,
+            reordered=reordered,
+            num_choices=sum(logits.shape[0] for logits in own_logits),
+            num_flips=num_flips,
+            num_wrong_flips=num_wrong,
+            problems=tuple(problems),
+        )
+
+    def _changed_losses(self, alone: Outcome, noise: _Noise | None) -> list[str]:
+        problems = []
+        noises = (0.0, 0.0) if noise is None else noise.losses
+        for name, one, other, change in zip(
+            ("loss", "aux_loss"), _losses(self._fused), _losses(alone), noises, strict=True
+        ):
+            if not abs(one - other) <= max(self._loss_limit * max(abs(other), 1.0), self._factor * change):
+                problems.append(f"its neighbours change its {name}: {one:.6g} beside {other:.6g} alone")
+        return problems
+
+    def _gap(self, distance: Tensor, allowed: Tensor) -> Gap:
+        ratio = torch.where(distance == 0, 0.0, distance / allowed)
+        worst = int(ratio.argmax() if ratio.any() else allowed.argmax())
+        return Gap(float(distance[worst]), float(allowed[worst]), self._meter.names[worst])
+
+    def _flips(self, own_logits: tuple[Tensor, ...], noise: _Noise | None) -> tuple[int, int]:
+        """Tokens and layers whose experts are others alone; and those that were not within the noise of being so."""
+        num_flips = num_wrong = 0
+        for layer, (own, seen) in enumerate(zip(own_logits, self._fused.router_logits or (), strict=True)):
+            chosen = chosen_experts(seen, self._top_k)
+            is_flipped = (chosen != chosen_experts(own, self._top_k)).any(dim=1)
+            # By its own logits, how far the worst of the fused experts is behind the last that it would choose.
+            margin = own.topk(self._top_k, dim=1).values[:, -1] - own.gather(1, chosen).amin(dim=1)
+            most = (self._limit or 0.0) * float(own.abs().max())
+            if noise is not None:
+                most = max(most, self._factor * noise.logits[layer])
+            num_flips += int(is_flipped.sum())
+            num_wrong += int((is_flipped & ~(margin <= most)).sum())
+        return num_flips, num_wrong
+
+    def _numbers(self, alone: Outcome) -> Check:
+        fused = self._fused
+        return Check(
+            adapter=fused.micro_batch.adapter,
+            step=fused.micro_batch.step + 1,
+            share=self._share,
+            loss=fused.loss,
+            loss_alone=alone.loss,
+            norm=self._meter.norm(fused.gradients) if fused.gradients else math.nan,
+            norm_alone=self._meter.norm(alone.gradients) if alone.gradients else math.nan,
+        )
+
+
+def _losses(outcome: Outcome) -> tuple[float, float]:
+    return outcome.loss, outcome.aux_loss
+
+
+def _words(gap: Gap) -> str:
+    return f"{gap.tensor} by {gap.value:.1e}, where rounding explains {gap.allowed:.1e}"

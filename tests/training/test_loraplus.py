@@ -1,0 +1,99 @@
+"""LoRA+: the factors lora_B learn at a multiple of the rate, as the real PEFT's optimizer has it."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import tiny_run
+import torch
+from builders import tiny_model
+from hf_twin import hf_model
+from peft.optimizers import create_loraplus_optimizer
+from tiny_run import adapter_entry, make_base_folder, run_config
+
+from moe_peft import LoraConfig, MixLoraConfig
+from moe_peft.config import AdapterJob
+from moe_peft.training.optimizer import build_optimizer, set_learning_rate
+
+RATE, RATIO = 3e-3, 16.0
+SETTINGS = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 38, "num_hidden_layers": 2}
+SETTINGS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def job(adapter: LoraConfig, **changes) -> AdapterJob:
+    method = "mixlora" if isinstance(adapter, MixLoraConfig) else "lora"
+    fields = {"name": "qa", "method": method, "adapter": adapter, "data": "x.jsonl", "lr": RATE, **changes}
+    return AdapterJob(**fields)
+
+
+def rates(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, float]:
+    """The learning rate of every weight."""
+    return {names[id(weight)]: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+
+
+def test_each_weight_learns_at_the_rate_that_peft_gives_it() -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
+    theirs = peft.get_peft_model(hf_model("llama", SETTINGS), config)
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO)
+    names = {id(weight): name.replace(".default", "") for name, weight in theirs.named_parameters()}
+    expected = {name: rate for name, rate in rates(optimizer, names).items() if "lora_" in name}
+
+    model = tiny_model()
+    model.add_adapter("qa", LoraConfig(r=2, target_modules=("q_proj", "down_proj")))
+    ours = build_optimizer(model, job(model.adapter_config("qa"), loraplus_lr_ratio=RATIO, weight_decay=0.1))
+    found = rates(ours, {id(weight): key for key, weight, _ in model.named_adapter_weights("qa")})
+    assert found == pytest.approx(expected)
+    assert set(found.values()) == {RATE, RATE * RATIO}
+    assert {group["weight_decay"] for group in ours.param_groups} == {0.1}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_schedule_moves_both_rates(optimizer: str) -> None:
+    """Weights of a mixture after one step: the first of AdamW's is the rate itself, against the gradient's sign."""
+    model = tiny_model()
+    model.add_adapter("qa", MixLoraConfig(r=2, num_experts=3, target_modules=("q_proj", "up_proj")))
+    ours = build_optimizer(model, job(model.adapter_config("qa"), loraplus_lr_ratio=RATIO, optimizer=optimizer))
+    set_learning_rate(ours, RATE / 4)
+    before = {key: weight.clone() for key, weight in model.adapter_state("qa").items()}
+    for weight in model.adapter_parameters("qa"):
+        weight.grad = torch.ones_like(weight)
+    ours.step()
+    for key, weight in model.adapter_state("qa").items():
+        moved = RATE / 4 * (RATIO if "lora_B" in key else 1)
+        torch.testing.assert_close(before[key] - weight, torch.full_like(weight, moved), rtol=1e-3, atol=1e-7)
+
+
+def test_without_a_ratio_all_learn_at_one_rate() -> None:
+    model = tiny_model()
+    model.add_adapter("qa", MixLoraConfig(r=2, num_experts=3))
+    groups = build_optimizer(model, job(model.adapter_config("qa"))).param_groups
+    assert {group["lr"] for group in groups} == {RATE}
+
+
+def test_a_ratio_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loraplus_lr_ratio=0\.5 must be at least 1"):
+        job(LoraConfig(), loraplus_lr_ratio=0.5)
+
+
+def test_the_trainer_uses_it(tmp_path: Path) -> None:
+    """Two adapters alike but for the ratio: after one step their A agree, and their B are a ratio apart."""
+    base = make_base_folder(tmp_path / "base")
+    data = tiny_run.write_jsonl(tmp_path / "data.jsonl", tiny_run.instructions(4))
+    common = {"max_steps": 1, "optimizer": "sgd", "lr": 0.5, "max_grad_norm": None, "seed": 1}
+    config = run_config(base, tmp_path / "run", adapter_entry("qa", data, loraplus_lr_ratio=8, **common))
+    plain = run_config(base, tmp_path / "plain", adapter_entry("qa", data, **common))
+    states = []
+    for run in (config, plain):
+        trainer = tiny_run.new_trainer(run)
+        trainer.train()
+        states.append(saved_weights(Path(run.output_dir or "")))
+    fast, slow = states
+    for key, weight in slow.items():
+        torch.testing.assert_close(fast[key], weight * 8 if "lora_B" in key else weight, rtol=1e-5, atol=1e-8)
+    assert any(weight.abs().max() > 1e-4 for key, weight in slow.items() if "lora_B" in key)
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run / "adapters" / "qa" / "adapter_model.safetensors")
