@@ -6,7 +6,7 @@
 
 A case is a short run, planned in one process and trained in another, in turns. Memory is the most that a process holds
 without a file behind it, over what it held when everything was imported; time is that of steps and evaluations. A
-``+`` in the table marks the cases that the constants in `moe_peft/training/forecast_cost.py` were fitted to.
+``+`` in the table marks the cases that the constants in `moe_peft/training/forecast/cost.py` were fitted to.
 """
 
 import argparse
@@ -111,9 +111,9 @@ def _in_own_process(name: str, role: str, overrides: Sequence[str]) -> dict[str,
 
 def measured_plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What the plan says."""
-    from moe_peft.training.available import held_bytes
-    from moe_peft.training.forecast import forecast_run
-    from moe_peft.training.forecast_cost import forecast_cost
+    from moe_peft.training.forecast.available import held_bytes
+    from moe_peft.training.forecast.cost import forecast_cost
+    from moe_peft.training.forecast.work import forecast_run
 
     with tempfile.TemporaryDirectory() as folder:
         config = _config(name, overrides, Path(folder))
@@ -130,7 +130,7 @@ def measured_run(name: str, overrides: Sequence[str]) -> dict[str, float]:
     from rich.console import Console
 
     from moe_peft import Trainer
-    from moe_peft.training.run_folder import RunFolder
+    from moe_peft.training.folder.run_folder import RunFolder
 
     with tempfile.TemporaryDirectory() as folder:
         config = _config(name, overrides, Path(folder))
@@ -149,7 +149,7 @@ def measured_run(name: str, overrides: Sequence[str]) -> dict[str, float]:
 
 def _peak_over_now(action: Callable[[], None]) -> int:
     """The most memory that the process holds while something runs, over what it holds before."""
-    from moe_peft.training.available import held_bytes
+    from moe_peft.training.forecast.available import held_bytes
 
     before = peak = held_bytes()
     done = threading.Event()

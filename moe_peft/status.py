@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_peft.command import EXIT_CODES, CommandParser, run_command
-from moe_peft.training.run_status import read_run
-from moe_peft.training.status_table import status_dict, status_report
-from moe_peft.training.summary import print_report
+from moe_peft.training.display.summary import print_report
+from moe_peft.training.folder.run_status import read_run
+from moe_peft.training.folder.status_table import status_dict, status_report
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moe_peft.command import EXIT_CODES, CommandParser, run_command
-from moe_peft.training.run_status import read_run
-from moe_peft.training.submission import at_resume, find_stoppable, stop
+from moe_peft.training.folder.run_status import read_run
+from moe_peft.training.folder.submission import at_resume, find_stoppable, stop
 
 HELP = """Ends the training of single adapters of a run; the others go on.
 

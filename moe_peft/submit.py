@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moe_peft.command import EXIT_CODES, CommandParser, run_command
-from moe_peft.training.run_status import read_run
-from moe_peft.training.submission import at_resume, check_takes_requests, read_submission, submit
+from moe_peft.training.folder.run_status import read_run
+from moe_peft.training.folder.submission import at_resume, check_takes_requests, read_submission, submit
 
 HELP = """Adds adapters to a run that is under way; they join it between two steps.
 

@@ -111,14 +111,14 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], object] | None:
 def _print_plan(config: TrainConfig) -> None:
     from rich.console import Console
 
-    from moe_peft.training.plan import print_plan
+    from moe_peft.training.forecast.plan import print_plan
 
     print_plan(config, Console())
 
 
 def _verify(config: TrainConfig, num_steps: int) -> None:
     from moe_peft.training.errors import TrainingError
-    from moe_peft.training.proof import verify
+    from moe_peft.training.proof.verify import verify
 
     if not verify(config, num_steps):
         raise TrainingError("what an adapter learns beside the others is not what it learns alone: see the table above")

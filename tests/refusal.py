@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny_run import adapter_entry, instructions, write_jsonl
 
-from moe_peft.training.run_folder import RunFolder
+from moe_peft.training.folder.run_folder import RunFolder
 
 Main = Callable[[Sequence[str]], int]
 Refused = Callable[..., None]

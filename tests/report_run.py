@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_peft.config import TrainConfig
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, MetricsWriter, Row, StepMetrics
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, JobMetrics, MetricsWriter, Row, StepMetrics
 
 
 def write_config(folder: Path, names: list[str], **changes: Any) -> None:

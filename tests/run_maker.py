@@ -6,8 +6,8 @@ from typing import Any
 from tiny_run import adapter_entry, run_config
 
 from moe_peft.config import AdapterJob
-from moe_peft.training.inbox import Inbox, Request
-from moe_peft.training.metrics import EvalMetrics, MetricsWriter, Row, StepMetrics
+from moe_peft.training.folder.inbox import Inbox, Request
+from moe_peft.training.folder.metrics import EvalMetrics, MetricsWriter, Row, StepMetrics
 
 
 def make_run(folder: Path, *rows: Row, **changes: Any) -> Path:

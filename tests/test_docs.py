@@ -23,7 +23,7 @@ import yaml
 import moe_peft
 from moe_peft import TrainConfig, cli
 from moe_peft.io.smollm2 import smollm2_file
-from moe_peft.training.run_folder import RunFolder
+from moe_peft.training.folder.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

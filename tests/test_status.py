@@ -12,8 +12,8 @@ from run_maker import make_run, step_row
 
 from moe_peft import status
 from moe_peft.status import main
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.metrics import JOB_STATES, JobMetrics, MetricsWriter
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.metrics import JOB_STATES, JobMetrics, MetricsWriter
 
 Capture = pytest.CaptureFixture[str]
 

@@ -7,9 +7,9 @@ from refusal import assert_refused
 from run_maker import make_run, step_row
 
 from moe_peft.stop import main
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.metrics import JobMetrics
-from moe_peft.training.run_lock import RunLock
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.metrics import JobMetrics
+from moe_peft.training.folder.run_lock import RunLock
 
 Capture = pytest.CaptureFixture[str]
 

@@ -9,9 +9,9 @@ from run_maker import make_run
 from tiny_run import adapter_entry, instructions, write_jsonl
 
 from moe_peft.submit import HELP, main
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.run_lock import RunLock
-from moe_peft.training.submission import read_submission
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.run_lock import RunLock
+from moe_peft.training.folder.submission import read_submission
 
 Capture = pytest.CaptureFixture[str]
 

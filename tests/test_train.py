@@ -100,8 +100,8 @@ def test_the_options_that_spend_nothing(
         return SimpleNamespace(train=lambda: None)
 
     plan = SimpleNamespace(print_plan=lambda given, console: calls.append(given))
-    monkeypatch.setitem(sys.modules, "moe_peft.training.plan", plan)
-    monkeypatch.setitem(sys.modules, "moe_peft.training.proof", SimpleNamespace(verify=verify))
+    monkeypatch.setitem(sys.modules, "moe_peft.training.forecast.plan", plan)
+    monkeypatch.setitem(sys.modules, "moe_peft.training.proof.verify", SimpleNamespace(verify=verify))
     monkeypatch.setitem(sys.modules, "moe_peft.training.trainer", SimpleNamespace(Trainer=trainer))
     path = str(config_file)
     assert main([path, "--plan"]) == 0

@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses more on 64-bit systems
 _MOST_KEPT = 2**31 - 1
 
-# Compiled products that are kept, each some 0.5 MB: torch and oneDNN would keep 1024 shapes each, few of which come again.
+# Compiled products that are kept, each some 0.5 MB. torch and oneDNN would keep 1024 each; few shapes come again.
 _PRODUCTS_KEPT = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 
 

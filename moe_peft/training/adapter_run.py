@@ -12,9 +12,9 @@ from moe_peft.config import AdapterJob
 from moe_peft.data.dispatcher import MicroBatch, StepPlan
 from moe_peft.data.samples import SampleSet
 from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, StepMetrics
 from moe_peft.training.fused_step import Outcome
 from moe_peft.training.loss_scale import LossScale
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, StepMetrics
 from moe_peft.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from moe_peft.training.record import TrainingRecord
 

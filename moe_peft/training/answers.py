@@ -11,8 +11,8 @@ from moe_peft.generation import generate_tokens
 from moe_peft.generation.request import Request
 from moe_peft.io.adapter_files import load_adapter
 from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.training.display.summary import AnswerExample
 from moe_peft.training.job_queue import Job
-from moe_peft.training.summary import AnswerExample
 
 MAX_NEW_TOKENS = 48
 BATCH_SIZE = 16

@@ -12,13 +12,13 @@ from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import EXPERT_ROW_STEPS, AdapterRun, Ending
 from moe_peft.training.adapter_tensors import restore_tensors, tensors_of
 from moe_peft.training.evaluation import evaluate
+from moe_peft.training.folder.metrics import EvalMetrics, JobMetrics, Listener, Row
+from moe_peft.training.folder.run_folder import RunFolder
 from moe_peft.training.fused_step import run_fused
 from moe_peft.training.halving import Decision, Halving
 from moe_peft.training.job_queue import Job, JobQueue, Refusal
 from moe_peft.training.loss_scale import LossScale
-from moe_peft.training.metrics import EvalMetrics, JobMetrics, Listener, Row
 from moe_peft.training.preparation import JobReader, check_fit
-from moe_peft.training.run_folder import RunFolder
 
 
 class FusedRun:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe_peft.config import AdapterJob
 from moe_peft.training.adapter_run import AdapterRun, Ending
+from moe_peft.training.folder.metrics import FINISHED, UNDER_WAY
 from moe_peft.training.loss_scale import LossScale
-from moe_peft.training.metrics import FINISHED, UNDER_WAY
 from moe_peft.training.preparation import JobData
 from moe_peft.training.record import TrainingRecord
 

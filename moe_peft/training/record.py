@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_peft.training.metrics import EvalMetrics
+from moe_peft.training.folder.metrics import EvalMetrics
 
 
 @dataclass

@@ -11,13 +11,13 @@ import torch
 
 from moe_peft.config import TrainConfig
 from moe_peft.strict import show
-from moe_peft.training.checkpoints import Checkpoint, Checkpoints
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.journal import FILE as JOURNAL_FILE
-from moe_peft.training.journal import read_journal
-from moe_peft.training.run_folder import CONFIG_FILE, check_output_dir, is_occupied
-from moe_peft.training.run_lock import FILE as LOCK_FILE
-from moe_peft.training.run_lock import holder
+from moe_peft.training.folder.checkpoints import Checkpoint, Checkpoints
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.journal import FILE as JOURNAL_FILE
+from moe_peft.training.folder.journal import read_journal
+from moe_peft.training.folder.run_folder import CONFIG_FILE, check_output_dir, is_occupied
+from moe_peft.training.folder.run_lock import FILE as LOCK_FILE
+from moe_peft.training.folder.run_lock import holder
 from moe_peft.version import __version__
 
 FORMAT = 1  # of state.json

@@ -13,22 +13,22 @@ from moe_peft.config import TrainConfig
 from moe_peft.data.tokenizer import load_tokenizer
 from moe_peft.io.base_model import load_base_model
 from moe_peft.training.adapter_run import AdapterRun, Ending
-from moe_peft.training.alarms import Alarms
 from moe_peft.training.answers import answer_held_out_prompts
-from moe_peft.training.closing import TrainResult, finish, opening_line, print_sizes, results_of
+from moe_peft.training.display.alarms import Alarms
+from moe_peft.training.display.closing import TrainResult, finish, opening_line, print_sizes, results_of
+from moe_peft.training.display.progress import Progress
 from moe_peft.training.errors import TrainingError
+from moe_peft.training.folder.inbox import Inbox, Request
+from moe_peft.training.folder.journal import Journal
+from moe_peft.training.folder.leaderboard import write_leaderboard
+from moe_peft.training.folder.metrics import MetricsWriter, read_metrics
+from moe_peft.training.folder.rows import typed_rows
+from moe_peft.training.folder.run_folder import RunFolder
 from moe_peft.training.fused_run import FusedRun
-from moe_peft.training.inbox import Inbox, Request
 from moe_peft.training.interrupt import InterruptGuard
 from moe_peft.training.job_queue import Job
-from moe_peft.training.journal import Journal
-from moe_peft.training.leaderboard import write_leaderboard
-from moe_peft.training.metrics import MetricsWriter, read_metrics
 from moe_peft.training.preparation import JobReader
-from moe_peft.training.progress import Progress
 from moe_peft.training.resume import FORMAT, find_earlier_run, machine, warn_of_another_machine
-from moe_peft.training.rows import typed_rows
-from moe_peft.training.run_folder import RunFolder
 from moe_peft.training.run_state import restore, state_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Trainer:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         if config.tensorboard:
-            from moe_peft.training.scalars import check_tensorboard
+            from moe_peft.training.display.scalars import check_tensorboard
 
             check_tensorboard()
         # Data before weights: a typo in a path shows in a second.
@@ -171,7 +171,7 @@ class Trainer:
             self.fused_run.listeners = [metrics, stack.enter_context(progress), alarms]
             stack.callback(self.fused_run.listeners.clear)
             if self.config.tensorboard:
-                from moe_peft.training.scalars import Scalars
+                from moe_peft.training.display.scalars import Scalars
 
                 scalars = Scalars(folder.tensorboard)
                 stack.callback(scalars.close)

@@ -3,8 +3,8 @@
 import pytest
 from plan import CASES, _config, measured_plan, measured_run, summary
 
-from moe_peft.training import forecast_cost
-from moe_peft.training.run_folder import RunFolder
+from moe_peft.training.folder.run_folder import RunFolder
+from moe_peft.training.forecast import cost
 
 
 def test_half_of_the_cases_were_not_fitted_to():
@@ -23,7 +23,7 @@ def test_every_case_is_a_config(name, tmp_path):
 def test_planned_and_measured(monkeypatch):
     """In small: both sides give the same figures."""
     monkeypatch.setattr(RunFolder, "draw", RunFolder.draw)  # which the benchmark's own process does without
-    monkeypatch.setattr(forecast_cost, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(cost, "PROBE_SECONDS", 0.2)
     small = ["adapters.*.max_steps=1", "adapters.*.batch_size=1"]
     planned, real = measured_plan("deep", small), measured_run("deep", small)
     assert planned.keys() - {"parts_mb"} == real.keys()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_run import instructions, make_base_folder, write_jsonl
 
-from moe_peft.training.run_folder import RunFolder
+from moe_peft.training.folder.run_folder import RunFolder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from tiny_run import new_trainer
 
 from moe_peft import Trainer
 from moe_peft.config import TrainConfig
-from moe_peft.training.metrics import read_metrics
+from moe_peft.training.folder.metrics import read_metrics
 
 CLOCK_FIELDS = ("seconds", "tokens_per_second")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moe_peft.training.alarms import Alarms
-from moe_peft.training.metrics import ExpertMetrics, JobMetrics
+from moe_peft.training.display.alarms import Alarms
+from moe_peft.training.folder.metrics import ExpertMetrics, JobMetrics
 
 
 class Run:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_peft.training.checkpoints import Checkpoint, Checkpoints
+from moe_peft.training.folder.checkpoints import Checkpoint, Checkpoints
 
 
 def refuse_warning(text: str) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from moe_peft import TrainConfig, Trainer
 from moe_peft.data.bundled import bundled_records_path
-from moe_peft.training.run_folder import RunFolder
+from moe_peft.training.folder.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

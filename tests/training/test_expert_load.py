@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moe_peft.training.expert_load import dead_experts, imbalance, load_shares, total_counts, worst_imbalance
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics
+from moe_peft.training.display.expert_load import dead_experts, imbalance, load_shares, total_counts, worst_imbalance
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics
 
 COUNTS = np.array([[10, 10, 10, 10], [0, 30, 10, 0], [0, 0, 0, 0]])
 

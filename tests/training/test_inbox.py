@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from run_maker import new_job, put_stops
 
-from moe_peft.training import inbox as inbox_module
-from moe_peft.training.inbox import Inbox, Request
+from moe_peft.training.folder import inbox as inbox_module
+from moe_peft.training.folder.inbox import Inbox, Request
 
 
 def plant(run: Path, content: str | bytes, name: str = f"{7:020d}-{0:08x}.json") -> Path:

@@ -13,8 +13,8 @@ import yaml
 from tiny_run import adapter_entry, new_trainer, run_config
 
 from moe_peft import Trainer, load_adapter, load_base_model
+from moe_peft.training.folder.metrics import read_metrics
 from moe_peft.training.interrupt import InterruptGuard
-from moe_peft.training.metrics import read_metrics
 
 
 def at_forward(trainer: Trainer, number: int, action: Callable[[], object]) -> None:

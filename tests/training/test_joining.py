@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from tiny_run import adapter_entry, run_config, train
 
 from moe_peft import status, stop, submit
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.journal import read_journal
-from moe_peft.training.metrics import read_metrics
-from moe_peft.training.run_status import JobStatus, read_run
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.journal import read_journal
+from moe_peft.training.folder.metrics import read_metrics
+from moe_peft.training.folder.run_status import JobStatus, read_run
 
 SECONDS = 120.0  # for whatever a process needs, on a busy machine
 ENDLESS = 10**6
@@ -183,8 +183,8 @@ from pathlib import Path
 from moe_peft.config import TrainConfig
 from moe_peft.train import main
 from moe_peft.training.fused_run import FusedRun
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.journal import Journal
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.journal import Journal
 
 config, moment = sys.argv[1:]
 run = Path(config).parent / "run"

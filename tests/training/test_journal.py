@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from run_maker import new_job
 
-from moe_peft.training.inbox import Inbox, Request
-from moe_peft.training.journal import Entry, Journal, read_journal
+from moe_peft.training.folder.inbox import Inbox, Request
+from moe_peft.training.folder.journal import Entry, Journal, read_journal
 
 
 def ask(run: Path, *names: str) -> list[Request]:
@@ -171,8 +171,8 @@ def test_a_file_that_cannot_be_removed_is_taken_once(
 
 KILLED = """
 import os, signal, sys
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.journal import Journal
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.journal import Journal
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

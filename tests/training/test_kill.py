@@ -19,7 +19,7 @@ MIXTURE = {"method": "mixlora", "num_experts": 4}
 COMMAND = """
 import sys
 from moe_peft.train import main
-from moe_peft.training.run_folder import RunFolder
+from moe_peft.training.folder.run_folder import RunFolder
 RunFolder.draw = lambda self, counts: None
 sys.exit(main(sys.argv[1:]))
 """

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe_peft.config import TrainConfig
-from moe_peft.training.leaderboard import leaderboard, write_leaderboard
-from moe_peft.training.metrics import EvalMetrics, JobMetrics, MetricsWriter, Row, StepMetrics
+from moe_peft.training.folder.leaderboard import leaderboard, write_leaderboard
+from moe_peft.training.folder.metrics import EvalMetrics, JobMetrics, MetricsWriter, Row, StepMetrics
 
 QA = {"name": "qa", "method": "lora", "data": "qa.jsonl", "eval_data": "held-out.jsonl", "eval_steps": 2}
 

@@ -16,9 +16,9 @@ from moe_peft.data.dispatcher import MicroBatch
 from moe_peft.data.samples import Sample
 from moe_peft.training import loss_scale
 from moe_peft.training.errors import TrainingError
+from moe_peft.training.folder.metrics import read_metrics
 from moe_peft.training.fused_step import run_fused
 from moe_peft.training.loss_scale import LossScale
-from moe_peft.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moe_peft.training.metrics import EvalMetrics, MetricsWriter, StepMetrics, read_metrics
+from moe_peft.training.folder.metrics import EvalMetrics, MetricsWriter, StepMetrics, read_metrics
 
 
 def make_step(**changes):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_run import adapter_entry, instructions, quiet_console, run_config, write_jsonl
 
-from moe_peft.training import available, forecast_cost
-from moe_peft.training.available import available_bytes, held_bytes
-from moe_peft.training.forecast import FusedStep, forecast_run
-from moe_peft.training.forecast_cost import MemoryForecast, RunCost, num_that_fit
-from moe_peft.training.plan import print_plan
+from moe_peft.training.forecast import available, cost
+from moe_peft.training.forecast.available import available_bytes, held_bytes
+from moe_peft.training.forecast.cost import MemoryForecast, RunCost, num_that_fit
+from moe_peft.training.forecast.plan import print_plan
+from moe_peft.training.forecast.work import FusedStep, forecast_run
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def config(base, tmp_path):
 @pytest.fixture
 def no_time(monkeypatch):
     """The probe tries as little as it may."""
-    monkeypatch.setattr(forecast_cost, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(cost, "PROBE_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("no_time")
@@ -57,7 +57,7 @@ def test_what_is_printed(config, tmp_path, monkeypatch):
 def test_a_machine_that_is_too_small_is_told(config, monkeypatch):
     texts = []
     for size in (100, 10**12):
-        monkeypatch.setattr("moe_peft.training.plan.available_bytes", lambda device, size=size: size)
+        monkeypatch.setattr("moe_peft.training.forecast.plan.available_bytes", lambda device, size=size: size)
         console = quiet_console()
         print_plan(config, console)
         texts.append(console.file.getvalue())
@@ -72,7 +72,7 @@ def test_larger_steps_cost_more(tmp_path, base, data):
     costs = {}
     for size in (2, 16):
         forecast = forecast_run(run_config(base, tmp_path / "out", adapter_entry("a", data, batch_size=size)))
-        costs[size] = forecast_cost.forecast_cost(forecast, 0)
+        costs[size] = cost.forecast_cost(forecast, 0)
     assert costs[16].memory.step > 3 * costs[2].memory.step
     assert costs[16].memory.adapters == costs[2].memory.adapters
 
@@ -111,17 +111,17 @@ def test_adapters_that_wait_for_room_in_a_batch_need_none(config):
 def test_sampled_steps_stand_for_all_tokens():
     """Every token is as likely to be in a sampled step: half the picks fall to a step with half the tokens."""
     steps = [FusedStep((), 10)] * 50 + [FusedStep((), 500)]
-    picks = forecast_cost._spread(steps, 7)
+    picks = cost._spread(steps, 7)
     assert picks[0] in (49, 50)
     assert sum(pick == 50 for pick in picks) in (3, 4)
-    assert forecast_cost._spread([FusedStep((), 3)], 2) == [0, 0]
+    assert cost._spread([FusedStep((), 3)], 2) == [0, 0]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99, 1.0])
 def test_a_shortened_micro_batch(config, share):
     forecast = forecast_run(config)
     for micro_batch in forecast.micro_batches(forecast.steps[0]):
-        short = forecast_cost._shortened(micro_batch, share)
+        short = cost._shortened(micro_batch, share)
         assert abs(short.num_tokens - share * micro_batch.num_tokens) <= 2
         assert all(len(sample.input_ids) == len(sample.labels) >= 2 for sample in short.samples)
     assert short.samples[0].input_ids == micro_batch.samples[0].input_ids[-len(short.samples[0].input_ids) :]

@@ -9,7 +9,7 @@ from tiny_run import adapter_entry, instructions, make_base_folder, make_base_gg
 import moe_peft.training.fused_run
 from moe_peft.io.base_model import load_base_model, read_base_model_shape
 from moe_peft.io.hf_weights import HfCheckpoint
-from moe_peft.training.forecast import forecast_run
+from moe_peft.training.forecast.work import forecast_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_run import adapter_entry, instructions, make_base_folder, run_config, write_jsonl
 
-from moe_peft.training import probe as probe_module
-from moe_peft.training.forecast import forecast_run
-from moe_peft.training.live_memory import follow
-from moe_peft.training.probe import Probe
+from moe_peft.training.forecast import probe as probe_module
+from moe_peft.training.forecast.live_memory import follow
+from moe_peft.training.forecast.probe import Probe
+from moe_peft.training.forecast.work import forecast_run
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": 512}
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, MetricsWriter, StepMetrics
-from moe_peft.training.plots import moving_average, plot_expert_load, plot_loss_curves
+from moe_peft.training.display.plots import moving_average, plot_expert_load, plot_loss_curves
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, JobMetrics, MetricsWriter, StepMetrics
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import re
 import pytest
 from rich.console import Console
 
-from moe_peft.training.adapter_progress import AdapterProgress, Trend
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, StepMetrics
-from moe_peft.training.progress import Progress, format_seconds
-from moe_peft.training.progress_table import listed, shortened
+from moe_peft.training.display.adapter_progress import AdapterProgress, Trend
+from moe_peft.training.display.progress import Progress, format_seconds
+from moe_peft.training.display.progress_table import listed, shortened
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, JobMetrics, StepMetrics
 
 
 class Clock:

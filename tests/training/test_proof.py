@@ -13,8 +13,8 @@ import moe_peft.model.decoder as decoder
 from moe_peft import LlamaForCausalLM, ops
 from moe_peft.adapters.mixlora import MixLora
 from moe_peft.config import TrainConfig
-from moe_peft.training import proof_check
-from moe_peft.training.proof import verify
+from moe_peft.training.proof import check
+from moe_peft.training.proof.verify import verify
 
 DTYPES = ["float32", "bfloat16"]
 
@@ -125,7 +125,7 @@ def test_a_leak_is_seen(leak, what: str, dtype: str, base: Path, data: str, tmp_
 def test_where_the_fixed_limit_is_too_low_rounding_is_measured(
     base: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(proof_check.LIMITS, torch.float32, 1e-12)
+    monkeypatch.setitem(check.LIMITS, torch.float32, 1e-12)
     entries = [adapter_entry("plain", data), adapter_entry("mix", data, method="mixlora", num_experts=4)]
     config = run_config(base, tmp_path / "run", *entries)
     is_same, text = told(config)

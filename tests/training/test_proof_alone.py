@@ -15,9 +15,9 @@ from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.fused_run import FusedRun
 from moe_peft.training.fused_step import Outcome, run_fused
 from moe_peft.training.preparation import JobReader
-from moe_peft.training.proof_alone import Alone
-from moe_peft.training.proof_check import Examination
-from moe_peft.training.proof_gradients import GradientMeter
+from moe_peft.training.proof.alone import Alone
+from moe_peft.training.proof.check import Examination
+from moe_peft.training.proof.gradients import GradientMeter
 
 
 def first_batch(config: TrainConfig) -> tuple[dict[str, AdapterRun], dict[str, Outcome]]:

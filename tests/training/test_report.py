@@ -9,7 +9,7 @@ import pytest
 from report_run import adapter_rows, step_row, write_config, write_rows
 
 from moe_peft.report import main
-from moe_peft.training.metrics import JobMetrics
+from moe_peft.training.folder.metrics import JobMetrics
 from moe_peft.training.report.charts import line_chart, nice_ticks, short
 from moe_peft.training.report.heatmap import heat_map
 from moe_peft.training.report.markup import Markup, folded, table, tag

@@ -13,7 +13,7 @@ from resuming import Killed, adapters_of, assert_same_run, at_forward, kill_at_f
 from tiny_run import adapter_entry, new_trainer, run_config, train
 
 from moe_peft.config import TrainConfig
-from moe_peft.training.inbox import Inbox
+from moe_peft.training.folder.inbox import Inbox
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -305,7 +305,7 @@ def test_a_disk_without_room_leaves_the_checkpoint_before(
 ) -> None:
     import errno
 
-    from moe_peft.training import checkpoints
+    from moe_peft.training.folder import checkpoints
 
     train(new_config("undisturbed"))
     write, full = checkpoints.save_safetensors_atomically, []

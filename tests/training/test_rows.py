@@ -4,8 +4,15 @@ import math
 
 import pytest
 
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, MetricsWriter, StepMetrics, read_metrics
-from moe_peft.training.rows import typed_rows
+from moe_peft.training.folder.metrics import (
+    EvalMetrics,
+    ExpertMetrics,
+    JobMetrics,
+    MetricsWriter,
+    StepMetrics,
+    read_metrics,
+)
+from moe_peft.training.folder.rows import typed_rows
 
 STEP = StepMetrics(
     adapter="qa",

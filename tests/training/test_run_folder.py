@@ -7,7 +7,7 @@ import pytest
 from tiny_run import adapter_entry, new_trainer, run_config
 
 from moe_peft.config import TrainConfig
-from moe_peft.training.run_folder import RunFolder, check_output_dir
+from moe_peft.training.folder.run_folder import RunFolder, check_output_dir
 
 
 @pytest.fixture

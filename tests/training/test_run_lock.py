@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_peft.training import run_lock
-from moe_peft.training.run_lock import RunLock, holder, is_locked
+from moe_peft.training.folder import run_lock
+from moe_peft.training.folder.run_lock import RunLock, holder, is_locked
 
 HOLD = """
 import sys
-from moe_peft.training.run_lock import RunLock
+from moe_peft.training.folder.run_lock import RunLock
 RunLock(sys.argv[1]).acquire()
 print("held", flush=True)
 sys.stdin.read()

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from run_maker import eval_row, make_run, put_job, put_stops, step_row
 
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.journal import Journal
-from moe_peft.training.metrics import ExpertMetrics, JobMetrics, MetricsWriter
-from moe_peft.training.run_lock import RunLock
-from moe_peft.training.run_status import JobStatus, read_run
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.journal import Journal
+from moe_peft.training.folder.metrics import ExpertMetrics, JobMetrics, MetricsWriter
+from moe_peft.training.folder.run_lock import RunLock
+from moe_peft.training.folder.run_status import JobStatus, read_run
 
 
 def jobs_of(run: Path) -> dict[str, JobStatus]:

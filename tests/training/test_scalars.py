@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, StepMetrics
-from moe_peft.training.scalars import Scalars, check_tensorboard
+from moe_peft.training.display.scalars import Scalars, check_tensorboard
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, JobMetrics, StepMetrics
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="needs the extra tensorboard"

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 from run_maker import eval_row, make_run, put_job, put_stops, step_row
 
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.journal import Journal
-from moe_peft.training.metrics import JobMetrics, MetricsWriter
-from moe_peft.training.run_lock import RunLock
-from moe_peft.training.run_status import read_run
-from moe_peft.training.status_table import headline, status_dict, status_report
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.journal import Journal
+from moe_peft.training.folder.metrics import JobMetrics, MetricsWriter
+from moe_peft.training.folder.run_lock import RunLock
+from moe_peft.training.folder.run_status import read_run
+from moe_peft.training.folder.status_table import headline, status_dict, status_report
 
 
 @pytest.fixture

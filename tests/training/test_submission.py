@@ -11,11 +11,11 @@ from run_maker import make_run, new_job, put_job, put_stops, step_row
 from tiny_run import adapter_entry, run_config
 
 from moe_peft.config import AdapterJob, TrainConfig
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.journal import Journal
-from moe_peft.training.metrics import JobMetrics
-from moe_peft.training.run_status import RunStatus, read_run
-from moe_peft.training.submission import find_stoppable, read_submission, stop, submit
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.journal import Journal
+from moe_peft.training.folder.metrics import JobMetrics
+from moe_peft.training.folder.run_status import RunStatus, read_run
+from moe_peft.training.folder.submission import find_stoppable, read_submission, stop, submit
 
 
 @pytest.fixture

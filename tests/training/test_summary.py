@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_peft.training.summary import (
+from moe_peft.training.display.summary import (
     AdapterResult,
     AdapterSummary,
     AnswerExample,

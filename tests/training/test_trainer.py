@@ -13,7 +13,7 @@ from tiny_run import adapter_entry, instructions, make_base_folder, new_trainer,
 from moe_peft import load_adapter, load_base_model
 from moe_peft.config import TrainConfig
 from moe_peft.training.evaluation import evaluate
-from moe_peft.training.metrics import read_metrics
+from moe_peft.training.folder.metrics import read_metrics
 
 quiet = pytest.mark.usefixtures("no_pictures")
 

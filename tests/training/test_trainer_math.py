@@ -15,7 +15,7 @@ from tiny_run import adapter_entry, new_trainer, run_config
 from moe_peft import BatchConfig, Trainer, load_base_model
 from moe_peft.data.dispatcher import fuse
 from moe_peft.io.adapter_files import save_adapter
-from moe_peft.training.metrics import read_metrics
+from moe_peft.training.folder.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

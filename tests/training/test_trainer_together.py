@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_peft import Trainer
 from moe_peft.config import TrainConfig
 from moe_peft.training.errors import TrainingError
-from moe_peft.training.metrics import read_metrics
+from moe_peft.training.folder.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from moe_peft.config import TrainConfig
 from moe_peft.strict import show
-from moe_peft.training.alarms import Alarms
-from moe_peft.training.expert_load import total_counts
-from moe_peft.training.journal import FILE as JOURNAL_FILE
-from moe_peft.training.journal import Entry, read_journal
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, Row, StepMetrics, read_metrics
+from moe_peft.training.display.alarms import Alarms
+from moe_peft.training.display.expert_load import total_counts
+from moe_peft.training.folder.journal import FILE as JOURNAL_FILE
+from moe_peft.training.folder.journal import Entry, read_journal
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, JobMetrics, Row, StepMetrics, read_metrics
+from moe_peft.training.folder.rows import typed_rows
+from moe_peft.training.folder.run_status import METRICS_FILE, JobStatus, read_run
 from moe_peft.training.report.series import Series, series_of
-from moe_peft.training.rows import typed_rows
-from moe_peft.training.run_status import METRICS_FILE, JobStatus, read_run
 
 R = TypeVar("R", StepMetrics, EvalMetrics, ExpertMetrics)
 

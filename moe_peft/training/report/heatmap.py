@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from moe_peft.training.expert_load import load_shares
+from moe_peft.training.display.expert_load import load_shares
 from moe_peft.training.report.markup import Markup, table, tag
 
 LEFT, TOP = 46.0, 24.0

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moe_peft.training.expert_load import dead_experts, imbalance
-from moe_peft.training.metrics import ExpertMetrics
-from moe_peft.training.plots import SMOOTH_ABOVE_STEPS
+from moe_peft.training.display.expert_load import dead_experts, imbalance
+from moe_peft.training.display.plots import SMOOTH_ABOVE_STEPS
+from moe_peft.training.folder.metrics import ExpertMetrics
 from moe_peft.training.report.charts import NUM_COLOURS, legend, line_chart, short
 from moe_peft.training.report.contents import LATEST_SHARE, AdapterRows, Contents
 from moe_peft.training.report.heatmap import heat_map, load_table, scale

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_peft.training.metrics import FINISHED, UNDER_WAY
-from moe_peft.training.progress_table import format_seconds
+from moe_peft.training.display.progress_table import format_seconds
+from moe_peft.training.folder.metrics import FINISHED, UNDER_WAY
+from moe_peft.training.folder.run_status import JobStatus
 from moe_peft.training.report.charts import short, sparkline
 from moe_peft.training.report.contents import AdapterRows, Contents
 from moe_peft.training.report.markup import Markup, folded, join, table, tag
-from moe_peft.training.run_status import JobStatus
 
 # Skipped steps listed one by one, of one adapter.
 MOST_SKIPPED = 5

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from moe_peft.training.metrics import Row
-from moe_peft.training.plots import SMOOTH_ABOVE_STEPS, moving_average
+from moe_peft.training.display.plots import SMOOTH_ABOVE_STEPS, moving_average
+from moe_peft.training.folder.metrics import Row
 
 R = TypeVar("R", bound=Row)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moe_peft.training.proof_check import Check
+from moe_peft.training.proof.check import Check
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moe_peft.training.metrics import ExpertMetrics, Row
+from moe_peft.training.folder.metrics import ExpertMetrics, Row
 
 
 def total_counts(rows: Iterable[Row]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from moe_peft.config import AdapterJob
 from moe_peft.config.job import ADAPTER_NAME
 from moe_peft.io.atomic import write_text_atomically
 from moe_peft.strict import check_keys, show
-from moe_peft.training.run_lock import try_lock
+from moe_peft.training.folder.run_lock import try_lock
 
 FOLDER = "inbox"
 VERSION = 1  # of the files

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moe_peft.training.metrics import EVENTS, Row
+from moe_peft.training.folder.metrics import EVENTS, Row
 
 _TYPES: dict[str, type] = {event: row_type for row_type, event in EVENTS.items()}
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from moe_peft.config import AdapterJob, TrainConfig
 from moe_peft.strict import did_you_mean
-from moe_peft.training.inbox import Inbox, Request
-from moe_peft.training.journal import FILE as JOURNAL_FILE
-from moe_peft.training.journal import read_journal
-from moe_peft.training.metrics import UNDER_WAY, read_metrics
-from moe_peft.training.run_folder import CONFIG_FILE
-from moe_peft.training.run_lock import holder
+from moe_peft.training.folder.inbox import Inbox, Request
+from moe_peft.training.folder.journal import FILE as JOURNAL_FILE
+from moe_peft.training.folder.journal import read_journal
+from moe_peft.training.folder.metrics import UNDER_WAY, read_metrics
+from moe_peft.training.folder.run_folder import CONFIG_FILE
+from moe_peft.training.folder.run_lock import holder
 
 METRICS_FILE = "metrics.jsonl"
 # A job's pace is that of its latest steps: it changes whenever a neighbour joins or leaves the fused batch.
@@ -26,7 +26,7 @@ class JobStatus:
 
     Args:
         name: of its adapter.
-        state: one of ``moe_peft.training.metrics.JOB_STATES``.
+        state: one of ``moe_peft.training.folder.metrics.JOB_STATES``.
         job: its settings; None for a request that was refused because it says no job.
         step: optimizer steps taken.
         num_steps: all it will take; None where nobody knows yet.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_peft.training.metrics import FINISHED
-from moe_peft.training.progress_table import format_seconds
+from moe_peft.training.display.progress_table import format_seconds
+from moe_peft.training.folder.metrics import FINISHED
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from moe_peft.data.dispatcher import MicroBatch
 from moe_peft.data.samples import Sample
-from moe_peft.training.forecast import FusedStep, RunForecast
-from moe_peft.training.probe import Probe
+from moe_peft.training.forecast.probe import Probe
+from moe_peft.training.forecast.work import FusedStep, RunForecast
 
 PROBE_SECONDS = 5.0
 _FEWEST_STEPS, _MOST_STEPS = 2, 8

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from moe_peft.training.adapter_progress import AdapterProgress
-from moe_peft.training.metrics import FINISHED, EvalMetrics, ExpertMetrics, JobMetrics, Row, StepMetrics
-from moe_peft.training.progress_table import format_seconds, listed, picture
+from moe_peft.training.display.adapter_progress import AdapterProgress
+from moe_peft.training.display.progress_table import format_seconds, listed, picture
+from moe_peft.training.folder.metrics import FINISHED, EvalMetrics, ExpertMetrics, JobMetrics, Row, StepMetrics
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

@@ -11,9 +11,9 @@ from typing import Any
 
 from moe_peft.config import Sweep
 from moe_peft.io.atomic import write_text_atomically
-from moe_peft.training.progress_table import format_seconds
-from moe_peft.training.run_status import read_run
-from moe_peft.training.standings import LAST_STEPS, Standing, read_standings
+from moe_peft.training.display.progress_table import format_seconds
+from moe_peft.training.folder.run_status import read_run
+from moe_peft.training.folder.standings import LAST_STEPS, Standing, read_standings
 
 MARKDOWN_FILE, JSON_FILE = "leaderboard.md", "leaderboard.json"
 
@@ -114,7 +114,7 @@ def leaderboard(folder: str | Path) -> dict[str, Any]:
     """The leaderboard of a run's folder as plain data: ``sweeps``, each with its rows, all ``rows``, and ``adapters``.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`moe_peft.training.run_status.read_run`.
+        FileNotFoundError, ValueError: as :func:`moe_peft.training.folder.run_status.read_run`.
     """
     run = read_run(folder)
     standings = read_standings(run)
@@ -138,7 +138,7 @@ def write_leaderboard(folder: str | Path) -> None:
     """Writes ``leaderboard.md`` and ``leaderboard.json`` into a run's folder.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`moe_peft.training.run_status.read_run`.
+        FileNotFoundError, ValueError: as :func:`moe_peft.training.folder.run_status.read_run`.
         OSError: when they cannot be written.
     """
     folder = Path(folder).expanduser()

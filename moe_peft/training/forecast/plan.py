@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_peft.config import TrainConfig
-from moe_peft.training.available import available_bytes, held_bytes
-from moe_peft.training.forecast import AdapterForecast, RunForecast, forecast_run
-from moe_peft.training.forecast_cost import RunCost, forecast_cost, num_that_fit
-from moe_peft.training.progress_table import format_seconds
-from moe_peft.training.summary import format_share, print_report
+from moe_peft.training.display.progress_table import format_seconds
+from moe_peft.training.display.summary import format_share, print_report
+from moe_peft.training.forecast.available import available_bytes, held_bytes
+from moe_peft.training.forecast.cost import RunCost, forecast_cost, num_that_fit
+from moe_peft.training.forecast.work import AdapterForecast, RunForecast, forecast_run
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_peft.training.adapter_progress import AdapterProgress
-from moe_peft.training.metrics import FINISHED, UNDER_WAY
+from moe_peft.training.display.adapter_progress import AdapterProgress
+from moe_peft.training.folder.metrics import FINISHED, UNDER_WAY
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType

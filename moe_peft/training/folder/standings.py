@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_peft.config import AdapterJob
-from moe_peft.training.metrics import read_metrics
-from moe_peft.training.run_status import METRICS_FILE, JobStatus, RunStatus
+from moe_peft.training.folder.metrics import read_metrics
+from moe_peft.training.folder.run_status import METRICS_FILE, JobStatus, RunStatus
 
 # One step's training loss is mostly that of its few samples.
 LAST_STEPS = 10
@@ -21,7 +21,7 @@ class Standing:
 
     Args:
         settings: its job as plain data.
-        state: one of ``moe_peft.training.metrics.JOB_STATES``.
+        state: one of ``moe_peft.training.folder.metrics.JOB_STATES``.
         reason: why, where the run says so.
         step: optimizer steps taken.
         eval_loss: of the weights that are saved; None where no evaluation has seen them.

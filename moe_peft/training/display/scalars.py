@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_peft.training.expert_load import dead_experts, imbalance, worst_imbalance
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, Row, StepMetrics
+from moe_peft.training.display.expert_load import dead_experts, imbalance, worst_imbalance
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, JobMetrics, Row, StepMetrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -5,9 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_peft.training.metrics import FINISHED, JOB_STATES
-from moe_peft.training.run_folder import CONFIG_FILE
-from moe_peft.training.run_status import JobStatus, RunStatus
+from moe_peft.training.folder.metrics import FINISHED, JOB_STATES
+from moe_peft.training.folder.run_folder import CONFIG_FILE
+from moe_peft.training.folder.run_status import JobStatus, RunStatus
 
 if TYPE_CHECKING:
     from rich.console import Group

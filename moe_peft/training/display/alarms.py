@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from moe_peft.training.metrics import ExpertMetrics, JobMetrics, Row
+from moe_peft.training.folder.metrics import ExpertMetrics, JobMetrics, Row
 
 # An expert that gets nine tokens in ten leaves the others nothing to learn from.
 COLLAPSE_SHARE = 0.9

@@ -13,13 +13,13 @@ from moe_peft.data.tokenizer import load_tokenizer
 from moe_peft.io.base_model import load_base_model
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun, Ending
+from moe_peft.training.display.summary import print_report
 from moe_peft.training.fused_run import FusedRun
 from moe_peft.training.fused_step import Outcome, run_fused
 from moe_peft.training.job_queue import Job
 from moe_peft.training.preparation import JobReader
-from moe_peft.training.proof_check import LIMITS, NUM_REPEATS, Check, Examination
-from moe_peft.training.proof_table import proof_report
-from moe_peft.training.summary import print_report
+from moe_peft.training.proof.check import LIMITS, NUM_REPEATS, Check, Examination
+from moe_peft.training.proof.table import proof_report
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,9 +18,9 @@ from moe_peft.io.base_model import BaseModelShape
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.evaluation import evaluate
-from moe_peft.training.forecast import AdapterForecast
+from moe_peft.training.forecast.live_memory import LiveMemory, follow
+from moe_peft.training.forecast.work import AdapterForecast
 from moe_peft.training.fused_step import run_fused
-from moe_peft.training.live_memory import LiveMemory, follow
 
 # One that others stand on and below, one in between, and the last, which answers for fewer tokens.
 _LAYERS = 3

@@ -9,10 +9,7 @@ import torch
 
 from moe_peft.io.base_model import without_memory
 from moe_peft.model.llama import LlamaForCausalLM
-from moe_peft.training.errors import UnfinishedError
-from moe_peft.training.job_queue import Job
-from moe_peft.training.record import TrainingRecord
-from moe_peft.training.summary import (
+from moe_peft.training.display.summary import (
     AdapterResult,
     AdapterSummary,
     AnswerExample,
@@ -20,6 +17,9 @@ from moe_peft.training.summary import (
     parameters_table,
     print_report,
 )
+from moe_peft.training.errors import UnfinishedError
+from moe_peft.training.job_queue import Job
+from moe_peft.training.record import TrainingRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

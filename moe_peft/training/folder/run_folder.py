@@ -13,10 +13,10 @@ from moe_peft.config import TrainConfig
 from moe_peft.io.adapter_files import save_adapter
 from moe_peft.io.atomic import write_text_atomically
 from moe_peft.model.llama import LlamaForCausalLM
-from moe_peft.training.checkpoints import Checkpoints
-from moe_peft.training.expert_load import load_shares
-from moe_peft.training.run_lock import FILE as LOCK_FILE
-from moe_peft.training.run_lock import RunLock
+from moe_peft.training.display.expert_load import load_shares
+from moe_peft.training.folder.checkpoints import Checkpoints
+from moe_peft.training.folder.run_lock import FILE as LOCK_FILE
+from moe_peft.training.folder.run_lock import RunLock
 
 DEFAULT_PARENT = Path("runs")
 CONFIG_FILE = "config.yaml"
@@ -135,7 +135,7 @@ class RunFolder:
         Args:
             expert_counts: adapter name to ``[layers, experts]`` tokens.
         """
-        from moe_peft.training.plots import plot_expert_load, plot_loss_curves
+        from moe_peft.training.display.plots import plot_expert_load, plot_loss_curves
 
         plot_loss_curves(self.metrics, self.path / "loss.png")
         for name, counts in expert_counts.items():

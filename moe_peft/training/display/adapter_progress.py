@@ -5,8 +5,8 @@ from collections import deque
 
 import numpy as np
 
-from moe_peft.training.expert_load import dead_experts, worst_imbalance
-from moe_peft.training.metrics import EvalMetrics, ExpertMetrics, JobMetrics, StepMetrics
+from moe_peft.training.display.expert_load import dead_experts, worst_imbalance
+from moe_peft.training.folder.metrics import EvalMetrics, ExpertMetrics, JobMetrics, StepMetrics
 
 # Pace and share follow the last steps only: they change whenever a neighbour joins or leaves the fused batch.
 WINDOW = 20

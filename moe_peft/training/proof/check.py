@@ -14,8 +14,8 @@ from moe_peft.model.forward import chosen_experts
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.fused_step import Outcome
-from moe_peft.training.proof_alone import Alone
-from moe_peft.training.proof_gradients import GradientMeter
+from moe_peft.training.proof.alone import Alone
+from moe_peft.training.proof.gradients import GradientMeter
 
 # What wide dtypes may differ by; a 16-bit type has no such number, its rounding is measured.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5}

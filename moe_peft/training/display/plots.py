@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_peft.io.atomic import write_bytes_atomically
-from moe_peft.training.metrics import read_metrics
+from moe_peft.training.folder.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,9 +17,9 @@ from moe_peft.data.templates import builtin_templates, load_template
 from moe_peft.data.tokenizer import Tokenizer, load_tokenizer
 from moe_peft.io.source import resolve_source
 from moe_peft.strict import field_names, nearest
-from moe_peft.training.inbox import Inbox
-from moe_peft.training.run_folder import CONFIG_FILE
-from moe_peft.training.run_status import JobStatus, RunStatus, read_run
+from moe_peft.training.folder.inbox import Inbox
+from moe_peft.training.folder.run_folder import CONFIG_FILE
+from moe_peft.training.folder.run_status import JobStatus, RunStatus, read_run
 
 # What a submitted config says of the run itself must be what the run has; these say it in their own way.
 _OF_RUN = tuple(

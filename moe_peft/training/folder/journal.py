@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_peft.io.atomic import write_bytes_atomically
 from moe_peft.strict import show
-from moe_peft.training.inbox import Inbox, Request
+from moe_peft.training.folder.inbox import Inbox, Request
 
 FILE = "journal.jsonl"
 
