@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..products import matmul
+from ..products import linear
 from ..rectangles import Rectangle
 from .ranges import Factors, Gradients, LoraRange
 
@@ -28,7 +28,7 @@ MOST_PADDING = 0.75
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``[P, n, I]`` times ``[P, I, O]``."""
-    return matmul(a[0], b[0])[None] if a.shape[0] == 1 else torch.bmm(a, b)
+    return linear(a[0], b[0].mT)[None] if a.shape[0] == 1 else torch.bmm(a, b)
 
 
 def teams(ranges: Sequence[LoraRange], dtype: torch.dtype) -> Iterator["Team"]:
