@@ -13,13 +13,17 @@ from torch import Tensor
 # Tokens from which a forward product goes to oneDNN. For the few of generation there is nothing to gain, and MKL's
 # results depend less on how many are multiplied at once: neighbours in a batch move logits less.
 MANY = 128
+# oneDNN's bfloat16 products on a CPU with AMX read behind the end of a row whose length is no multiple of 8, into the
+# next row, and multiply what they find by zero. From a row with a NaN or an infinity that makes a NaN in the row before
+# it, which may be another adapter's. Seen with torch 2.13; rows of these lengths are filled up to whole tiles instead.
+SAFE_LENGTH, TILE = 8, 32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` of ``[tokens, I]`` and ``[O, I]``; either may be a transposed view."""
     if x.shape[0] >= MANY:
         return _product(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(*_whole_tiles(x, weight), bias)
 
 
 def matmul_t(a: Tensor, b: Tensor) -> Tensor:
@@ -37,7 +41,8 @@ def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.dtype == torch.float32 and out.device.type == "cpu":
         out.add_(matmul(a, b))
     else:
-        out.addmm_(a, b)
+        rows, columns = _whole_tiles(a, b.T)
+        out.addmm_(rows, columns.T)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,7 +50,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if on_onednn and x.numel() and weight.numel():  # it takes no empty operand
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
-    return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(*_whole_tiles(x, weight), bias)
+
+
+def _whole_tiles(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors ``[tokens, I]`` and ``[O, I]`` as they are, or zeros behind their rows where those are read past."""
+    length = x.shape[1]
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or length % SAFE_LENGTH == 0:
+        return x, weight
+    zeros = (0, -length % TILE)
+    return torch.nn.functional.pad(x, zeros), torch.nn.functional.pad(weight, zeros)
 
 
 @contextmanager

@@ -92,6 +92,7 @@ def flat(outputs, dx, grads, *_):
 def check(case, dtype):
     ours, plain, truth = (flat(*run) for run in (kernel(*case), formula(*case, dtype), formula(*case, torch.float64)))
     assert ours.keys() == truth.keys()
+    terms = flat(*formula(*_magnitudes(case), torch.float64))
     for name, value in ours.items():
         assert value.isfinite().all(), name
         assert value.is_contiguous(), name
@@ -99,8 +100,21 @@ def check(case, dtype):
         if name[:2] in ("dA", "dB"):
             assert value.dtype == torch.float32
             reference = reference.to(torch.float32)
-        # Inputs are standard normals: no result's terms are smaller than one on average.
-        assert_error_like(value, reference, truth[name], dtype, name, floor=value.numel() ** 0.5)
+        # Inputs are standard normals: no result's terms are smaller than one on average. In float32 an error is a matter
+        # of the order in which terms are added up, and so of how large these are.
+        floor = terms[name].norm().item() if dtype == torch.float32 else value.numel() ** 0.5
+        assert_error_like(value, reference, truth[name], dtype, name, floor=floor)
+
+
+def _magnitudes(case):
+    """The case with every number's sign dropped: its results are the sums of the terms' magnitudes."""
+    x, weights, biases, ranges, upstream = case
+    ranges = [
+        replace(part, factors=tuple(pair and tuple(factor.abs() for factor in pair) for pair in part.factors))
+        for part in ranges
+    ]
+    biases = [None if bias is None else bias.abs() for bias in biases]
+    return x.abs(), [weight.abs() for weight in weights], biases, ranges, [grad.abs() for grad in upstream]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

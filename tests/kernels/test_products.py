@@ -161,3 +161,23 @@ def test_the_switch_of_products_goes_back(dtype, before):
         assert switch.fp32_precision == before
     finally:
         switch.fp32_precision = at_first
+
+
+@pytest.mark.parametrize("inner", [3, 8, 19, 31, 34, 38, 61, 64, 98, 100])
+@pytest.mark.parametrize("rows", [5, 150])
+def test_a_row_that_is_not_finite_reaches_no_other_row(rows, inner):
+    """oneDNN reads past rows of some lengths where the CPU has AMX (see ``products.SAFE_LENGTH``)."""
+    x, weight, _ = make(rows, inner, 61, torch.bfloat16)
+    sick = x.clone()
+    sick[rows // 2] = torch.nan
+    others = torch.arange(rows) != rows // 2
+    out, sick_out = (torch.zeros(rows, 61, dtype=torch.bfloat16) for _ in range(2))
+    products.add_matmul_(out, x, weight.T.contiguous())
+    products.add_matmul_(sick_out, sick, weight.T.contiguous())
+    for healthy, after in (
+        (products.linear(x, weight), products.linear(sick, weight)),
+        (products.matmul(x, weight.T.contiguous()), products.matmul(sick, weight.T.contiguous())),
+        (out, sick_out),
+    ):
+        assert torch.equal(after[others], healthy[others])
+        assert after[rows // 2].isnan().all()
