@@ -4,14 +4,15 @@ Letters: I input features, O output features, R rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moe_peft import strict
+from moe_peft.adapters.method import Method, NamedWeight
 from moe_peft.model.draws import generator_for
 from moe_peft.model.linear import Linear, Lora, wide_dtype
 
@@ -23,10 +24,12 @@ FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + FFN_PROJECTIONS
 ALL_LINEAR = "all-linear"
 INITS = ("gaussian",)
+# Inits of PEFT that leave the base as it is. The others (pissa, olora, ...) are saved against a changed base.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Method):
     """Settings of a LoRA adapter, spelled as PEFT spells them.
 
     Raises:
@@ -45,10 +48,9 @@ class LoraConfig:
     )
 
     peft_type: ClassVar[str] = "LORA"
-    has_router: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        strict.check_fields(self)
+        super().__post_init__()
         if self.r < 1:
             raise ValueError(f"r={self.r} must be at least 1")
         if not (self.lora_alpha > 0 and math.isfinite(self.lora_alpha)):
@@ -71,7 +73,7 @@ class LoraConfig:
         """Factor of ``B A``; with ``use_rslora`` as in https://arxiv.org/abs/2312.03732."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def attach(self, model: "LlamaForCausalLM", name: str, seed: int) -> None:
+    def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put a fresh pair of factors on every target projection of every layer."""
         for layer_idx, projection, linear in target_linears(model, self.targets):
             linear.loras_[name] = self.new_lora(linear, seed, name, layer_idx, projection)
@@ -101,16 +103,30 @@ class LoraConfig:
         device = linear.base_layer_.weight.device
         return lora_a.to(device), lora_b.to(device)
 
-    def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[NamedWeight]:
         """PEFT's checkpoint names with the parameter that holds each weight."""
         for layer_idx, projection, linear in target_linears(model, self.targets):
             room = "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
             prefix = f"base_model.model.model.layers.{layer_idx}.{room}.{projection}"
             yield from lora_weights(linear, name, prefix)
 
-    def is_router(self, key: str) -> bool:
-        """Whether a checkpoint name is a router's weight."""
-        return False
+    @classmethod
+    def from_peft(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """As PEFT's, whose targets may be dotted suffixes; the init that drew the file's weights no longer matters."""
+        own = dict(data)
+        init = own.get("init_lora_weights", True)
+        if init not in _PLAIN_INITS:
+            raise ValueError(f"init_lora_weights={init!r} was trained against a changed base model")
+        own["init_lora_weights"] = True
+        targets = own.get("target_modules")
+        if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+            own["target_modules"] = list(dict.fromkeys(target.rsplit(".", 1)[-1] for target in targets))
+        return own
+
+    def to_peft(self, model: "LlamaForCausalLM", name: str) -> dict[str, Any]:
+        """With every target by its name, and whole numbers as such, as PEFT writes them."""
+        alpha = int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
+        return {**super().to_peft(model, name), "lora_alpha": alpha, "target_modules": list(self.targets)}
 
 
 def target_linears(model: "LlamaForCausalLM", projections: tuple[str, ...]) -> Iterator[tuple[int, str, Linear]]:

@@ -6,7 +6,7 @@ Letters: N tokens of one adapter, D model, F ffn, E experts, K top-k, R rank.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from moe_peft.adapters.lora import (
     lora_weights,
     target_linears,
 )
+from moe_peft.adapters.method import NamedWeight
 from moe_peft.adapters.router_losses import AUX_LOSS_TYPES, router_loss, z_loss
 from moe_peft.model.batch import Segment, expert_name
 from moe_peft.model.draws import generator_for, uniform_noise
 from moe_peft.model.forward import ForwardBatch
-from moe_peft.model.linear import wide_dtype
+from moe_peft.model.linear import LinearAdapter, wide_dtype
 
 if TYPE_CHECKING:
     from moe_peft.model.decoder import LlamaMLP
@@ -96,7 +97,7 @@ class MixLoraConfig(LoraConfig):
         """Settings of the experts' factors: the adapter's own, with what ``expert_lora`` changes."""
         return (self.expert_lora or ExpertLoraConfig()).over(self)
 
-    def attach(self, model: "LlamaForCausalLM", name: str, seed: int) -> None:
+    def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put LoRA on attention, and a router with its experts on every feed-forward layer."""
         for layer_idx, projection, linear in target_linears(model, self.attention_targets):
             linear.loras_[name] = self.new_lora(linear, seed, name, layer_idx, projection)
@@ -108,7 +109,7 @@ class MixLoraConfig(LoraConfig):
                 for expert in range(self.num_experts):
                     loras[expert_name(name, expert)] = ExpertLora(mixture.stack_of(projection), expert)
 
-    def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[NamedWeight]:
         """Checkpoint names with the parameter that holds each weight, and the expert's place in a stack."""
         for layer_idx, layer in enumerate(model.decoder_layers):
             prefix = f"mixlora.layers.{layer_idx}"
@@ -151,16 +152,13 @@ class LoraStack(nn.Module):
         self.seed_ = seed
 
 
-class ExpertLora(nn.Module):
+class ExpertLora(LinearAdapter):
     """One expert of a stack, seen as a ``Lora``: its factors are views, so it owns no parameter."""
 
     def __init__(self, stack: LoraStack, expert: int) -> None:
-        super().__init__()
+        super().__init__(scaling=stack.scaling_, dropout=stack.dropout_, seed=stack.seed_)
         self._stack = (stack,)  # in a tuple: the stack is registered once, in the mixture
         self.expert_ = expert
-        self.scaling_ = stack.scaling_
-        self.dropout_ = stack.dropout_
-        self.seed_ = stack.seed_
 
     @property
     def lora_A(self) -> Tensor:  # noqa: N802 (the name every LoRA uses)
@@ -171,6 +169,10 @@ class ExpertLora(nn.Module):
     def lora_B(self) -> Tensor:  # noqa: N802
         """``[out, R]``."""
         return self._stack[0].lora_B[self.expert_]
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """The views."""
+        return self.lora_A, self.lora_B
 
 
 class MixLora(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_peft.adapters import METHODS, LoraConfig
+from moe_peft.adapters import METHODS, Method
 from moe_peft.io.atomic import atomic_folder, save_safetensors_atomically, write_text_atomically
 from moe_peft.io.json_file import read_json_object
 from moe_peft.io.original_adapter import (
@@ -39,8 +39,6 @@ _INFORMATIVE = {
     "runtime_config",
     "task_type",
 }
-# Inits of PEFT that leave the base as it is. The others (pissa, olora, ...) are saved against a changed base.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(model: LlamaForCausalLM, name: str, folder: str | Path) -> None:
@@ -55,7 +53,6 @@ def save_adapter(model: LlamaForCausalLM, name: str, folder: str | Path) -> None
         ValueError: on an unknown adapter, or a folder that holds other files, which replacing would delete.
     """
     config = model.adapter_config(name)
-    state = model.adapter_state(name)
     target = Path(folder)
     if target.is_dir():
         foreign = sorted(path.name for path in target.iterdir() if path.name not in (CONFIG_FILE, WEIGHTS_FILE))
@@ -71,10 +68,9 @@ def save_adapter(model: LlamaForCausalLM, name: str, folder: str | Path) -> None
         "base_model_name_or_path": model.source_ or None,
         "inference_mode": True,
         "bias": "none",
-        **dataclasses.asdict(config),
-        "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
-        "target_modules": list(config.targets),
+        **config.to_peft(model, name),
     }
+    state = config.to_saved(model, name)
     with atomic_folder(target, replace=True) as partial:
         # Experts' tensors are views of one stack, which safetensors would refuse as shared memory.
         save_safetensors_atomically(
@@ -112,7 +108,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path, name: str | None =
     return name
 
 
-def read_adapter_config(folder: str | Path) -> LoraConfig:
+def read_adapter_config(folder: str | Path) -> Method:
     """The method's settings in an adapter folder.
 
     Raises:
@@ -124,7 +120,9 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}: an adapter folder holds it beside {WEIGHTS_FILE}")
     data = read_json_object(path)
-    by_type = {method.peft_type: method for method in METHODS.values()}
+    by_type: dict[str, list[type[Method]]] = {}
+    for method in METHODS.values():
+        by_type.setdefault(method.peft_type, []).append(method)
     kind = str(data.get("peft_type", ""))
     if kind not in by_type:
         close = did_you_mean(kind, by_type)
@@ -132,28 +130,20 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     try:
         if is_original_config(data):
             data = translate_adapter_config(data)
-        return _build_config(by_type[kind], data)
+        return _build_config(next(method for method in by_type[kind] if method.claims(data)), data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _build_config(method: type[LoraConfig], data: dict[str, Any]) -> LoraConfig:
+def _build_config(method: type[Method], data: dict[str, Any]) -> Method:
+    data = method.from_peft(data)
     names = {field.name for field in dataclasses.fields(method)}
     for key, value in data.items():
         # By identity: layers_to_transform=0 is a layer, although 0 == False.
         neutral = value is None or value is False or value in ("none", {}, [])
         if key not in names and key not in _INFORMATIVE and not neutral:
             raise ValueError(f"{key}={value!r} changes the adapter and is not supported for {method.peft_type}")
-    chosen = {key: data[key] for key in names if key in data}
-    if chosen.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise ValueError(f"init_lora_weights={chosen['init_lora_weights']!r} was trained against a changed base model")
-    # Weights come from the file, so the init that drew them no longer matters.
-    chosen["init_lora_weights"] = True
-    targets = chosen.get("target_modules")
-    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        # PEFT also accepts dotted suffixes such as self_attn.q_proj.
-        chosen["target_modules"] = list(dict.fromkeys(target.rsplit(".", 1)[-1] for target in targets))
-    return build(method, chosen)
+    return build(method, {key: data[key] for key in names if key in data})
 
 
 def _weights_file(folder: Path) -> Path:
@@ -174,7 +164,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], file: Path) -> None:
-    state = model.adapter_state(name)
+    config = model.adapter_config(name)
+    weights = config.from_saved(weights)
+    state = {**model.adapter_state(name), **dict(config.saved_buffers(model, name))}
     missing, unexpected = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}"
@@ -188,8 +180,9 @@ def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], file: 
                 f"{file}: {key} has shape {list(weights[key].shape)}, but this base needs "
                 f"{list(tensor.shape)}: it was trained on another base"
             )
-        if not weights[key].is_floating_point():
-            raise ValueError(f"{file}: {key} holds {weights[key].dtype}, not floating-point weights")
+        if weights[key].is_floating_point() != tensor.is_floating_point():
+            kind = "floating-point weights" if tensor.is_floating_point() else f"{tensor.dtype}"
+            raise ValueError(f"{file}: {key} holds {weights[key].dtype}, not {kind}")
     with torch.no_grad():
         for key, tensor in state.items():
             tensor.copy_(weights[key])

@@ -195,6 +195,9 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        # What adapters do to either sublayer's output before it joins the residual: [n, D] to [n, D].
+        self.behind_attn_ = AdapterDict()
+        self.behind_mlp_ = AdapterDict()
 
     def forward(
         self,
@@ -225,9 +228,18 @@ class LlamaDecoderLayer(nn.Module):
         self, x: Tensor, mixed: Tensor, batch: ForwardBatch, asking: ForwardBatch, answering: ForwardBatch
     ) -> tuple[Tensor, RouterLogits]:
         own = _rows(x, asking, batch)
-        own = own + self.self_attn.o_proj(mixed, asking)
+        own = own + _behind(self.behind_attn_, self.self_attn.o_proj(mixed, asking), asking)
         fed, router_logits = self.mlp(self.post_attention_layernorm.recomputable(own), asking, answering)
-        return _rows(own, answering, asking) + fed, router_logits
+        return _rows(own, answering, asking) + _behind(self.behind_mlp_, fed, answering), router_logits
+
+
+def _behind(adapters: AdapterDict, y: Tensor, batch: ForwardBatch) -> Tensor:
+    """A sublayer's output ``[T, D]``, each segment's rows through what its adapter has there."""
+    own = [adapters.get(segment.task) for segment in batch.segments]
+    if not any(module is not None for module in own):
+        return y
+    pieces = zip(batch.segments, y.split(_lengths(batch)), own, strict=True)
+    return torch.cat([rows if module is None else module(rows, segment, batch) for segment, rows, module in pieces])
 
 
 def _rows(x: Tensor, part: ForwardBatch, batch: ForwardBatch) -> Tensor:

@@ -22,13 +22,14 @@ class AdapterHost(nn.Module):
         """The attached adapters, in the order of their coming."""
         return list(self.adapters_)
 
-    def add_adapter(self, name: str, config: Any, *, seed: int = 0) -> None:
+    def add_adapter(self, name: str, config: Any, *, seed: int = 0, tokenizer: Any = None) -> None:
         """Attach a new adapter.
 
         Args:
             name: letters, digits, ``_`` and ``-``; not yet taken.
             config: a method's config, e.g. ``LoraConfig``; it attaches itself.
             seed: of the adapter's initial weights and of its dropout.
+            tokenizer: of the base; only methods that start from a text ask for it.
 
         Raises:
             ValueError: on a bad or taken name, or a config that does not fit this model. Nothing is attached then.
@@ -38,7 +39,7 @@ class AdapterHost(nn.Module):
         if name in self.adapters_:
             raise ValueError(f"adapter name {name!r} is taken already; remove_adapter frees it")
         try:
-            config.attach(self, name, seed)
+            config.attach(self, name, seed, tokenizer)
         except BaseException:
             self._detach(name)
             raise
@@ -88,6 +89,10 @@ class AdapterHost(nn.Module):
             key: weight.detach() if index is None else weight.detach()[index]
             for key, weight, index in self.named_adapter_weights(name)
         }
+
+    def adapter_buffers(self, name: str) -> dict[str, Tensor]:
+        """What the adapter changes or has drawn without gradients, by name: the live tensors (masks, importances)."""
+        return dict(self.adapter_config(name).named_buffers(self, name))
 
     def adapter_gradients(self, name: str) -> dict[str, Tensor | None]:
         """The names of ``adapter_state`` to views of the gradients; None before a backward."""

@@ -3,7 +3,8 @@
 Letters: T tokens, I input features, O output features, R rank.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from moe_peft import ops
 
 if TYPE_CHECKING:
+    from moe_peft.model.batch import Segment
     from moe_peft.model.forward import ForwardBatch
 
 
@@ -63,7 +65,43 @@ class AdapterDict(nn.Module):
         return ((name, self[name]) for name in self)
 
 
-class Lora(nn.Module):
+class LinearAdapter(nn.Module):
+    """What an adapter keeps on one projection ``y = W x + b``: a low-rank pair, a change of its input or its output.
+
+    Args:
+        scaling: factor of the low-rank product.
+        dropout: probability of zeroing a feature of the low-rank product's input during training.
+        seed: of the adapter's draws.
+    """
+
+    changes_input_ = False  # whether ``before`` does anything
+    changes_output_ = False  # whether ``behind`` does anything
+
+    def __init__(self, *, scaling: float = 1.0, dropout: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        self.scaling_ = scaling
+        self.dropout_ = dropout
+        self.seed_ = seed
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """``lora_A [R, I]`` and ``lora_B [O, R]`` as they act now, in the adapters' dtype; None without any."""
+        return None
+
+    def before(self, x: Tensor) -> Tensor:
+        """The adapter's rows ``[n, I]`` of the input as the projection is to see them."""
+        return x
+
+    def behind(self, y: Tensor, base_layer: nn.Linear) -> Tensor:
+        """The adapter's rows ``[n, O]`` of what the projection, its bias and the low-rank product give, changed."""
+        return y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The frozen weight ``[O, I]`` and bias ``[O]``, both in the adapters' dtype, with the adapter in them."""
+        pair = self.low_rank()
+        return (weight if pair is None else weight + self.scaling_ * (pair[1] @ pair[0])), bias
+
+
+class Lora(LinearAdapter):
     """One low-rank factor pair: ``delta = scaling * lora_B lora_A``.
 
     Args:
@@ -75,12 +113,13 @@ class Lora(nn.Module):
     """
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float, seed: int) -> None:
-        super().__init__()
+        super().__init__(scaling=scaling, dropout=dropout, seed=seed)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
-        self.scaling_ = scaling
-        self.dropout_ = dropout
-        self.seed_ = seed
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """The factors themselves."""
+        return self.lora_A, self.lora_B
 
 
 class Linear(nn.Module):
@@ -135,20 +174,46 @@ def project(x: ops.Recomputable, layers: Sequence[Linear], batch: "ForwardBatch"
     Returns:
         ``[T, O]`` of each layer.
     """
+    owners = [tuple(_adapter_on(layer, segment) for layer in layers) for segment in batch.segments]
+    if any(one is not None and one.changes_input_ for own in owners for one in own):
+        if len(layers) > 1:  # each of them may see another input
+            return [project(x, (layer,), batch)[0] for layer in layers]
+        befores = [None if one is None or not one.changes_input_ else one.before for (one,) in owners]
+        x = ops.Recomputable(_by_segment(x.value, befores, batch))
     ranges = []
-    for segment in batch.segments:
-        loras = [layer.loras_.get(segment.adapter_name) or layer.loras_.get(segment.task) for layer in layers]
-        one = next((lora for lora in loras if lora is not None), None)
-        if one is None:
+    for segment, own in zip(batch.segments, owners, strict=True):
+        pairs = tuple(None if one is None else one.low_rank() for one in own)
+        first = next((one for one, pair in zip(own, pairs, strict=True) if one is not None and pair is not None), None)
+        if first is None:
             continue
         mask = batch.dropout_mask(
-            segment, one.seed_, one.dropout_, layers[0].layer_idx_, layers[0].input_name_, x.value
+            segment, first.seed_, first.dropout_, layers[0].layer_idx_, layers[0].input_name_, x.value
         )
-        factors = tuple((lora.lora_A, lora.lora_B) if lora is not None else None for lora in loras)
-        scalings = tuple(lora.scaling_ if lora is not None else 0.0 for lora in loras)
-        ranges.append(ops.LoraRange(segment.start, segment.end, factors, scalings, mask))
+        scalings = tuple(one.scaling_ if one is not None else 0.0 for one in own)
+        ranges.append(ops.LoraRange(segment.start, segment.end, pairs, scalings, mask))
     base_layers = [layer.base_layer_ for layer in layers]
-    return ops.lora_linear(x, [base.weight for base in base_layers], [base.bias for base in base_layers], ranges)
+    outputs = ops.lora_linear(x, [base.weight for base in base_layers], [base.bias for base in base_layers], ranges)
+    for i, base in enumerate(base_layers):
+        behinds = [
+            functools.partial(own[i].behind, base_layer=base) if own[i] is not None and own[i].changes_output_ else None
+            for own in owners
+        ]
+        if any(behinds):
+            outputs[i] = _by_segment(outputs[i], behinds, batch)
+    return outputs
+
+
+def _adapter_on(layer: Linear, segment: "Segment") -> Any:
+    """What a segment's adapter keeps on a layer, a ``LinearAdapter``; None where it keeps nothing."""
+    own = layer.loras_.get(segment.adapter_name)
+    return layer.loras_.get(segment.task) if own is None else own
+
+
+def _by_segment(x: Tensor, functions: Sequence[Callable[[Tensor], Tensor] | None], batch: "ForwardBatch") -> Tensor:
+    """``[T, ...]`` with a function of each segment's own on that segment's rows; None leaves them."""
+    parts = zip(batch.segments, functions, strict=True)
+    rows = [(x[part.start : part.end], function) for part, function in parts]
+    return torch.cat([own if function is None else function(own) for own, function in rows])
 
 
 def frozen_linear(in_features: int, out_features: int, *, bias: bool) -> nn.Linear:

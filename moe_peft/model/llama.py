@@ -121,11 +121,12 @@ class LlamaForCausalLM(AdapterHost):
             of_layers = (logits[i] for logits in layers_router_logits)
             routed = tuple(logits for logits in of_layers if logits is not None)
             aux_loss = self.adapters_[segment.task].aux_loss(routed) if routed else torch.zeros_like(loss)
+            penalty = self.adapters_[segment.task].penalty(self, segment.task) if segment.task else None
             outputs.append(
                 ModelOutput(
                     adapter_name=segment.adapter_name,
                     loss=loss,
-                    aux_loss=aux_loss,
+                    aux_loss=aux_loss if penalty is None else aux_loss + penalty,
                     logits=self._logits(hidden, batch, segment, last_logits_only) if wants_logits else None,
                     router_logits=routed or None,
                     num_supervised_tokens=num_supervised,

@@ -150,7 +150,7 @@ def test_removal_leaves_no_trace():
 
 def test_a_failed_attach_leaves_no_trace():
     class Broken(MixLoraConfig):
-        def attach(self, model, name, seed):
+        def attach(self, model, name, seed, tokenizer=None):
             super().attach(model, name, seed)
             raise RuntimeError("half way")
 
