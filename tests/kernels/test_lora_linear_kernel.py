@@ -100,8 +100,8 @@ def check(case, dtype):
         if name[:2] in ("dA", "dB"):
             assert value.dtype == torch.float32
             reference = reference.to(torch.float32)
-        # Inputs are standard normals: no result's terms are smaller than one on average. In float32 an error is a matter
-        # of the order in which terms are added up, and so of how large these are.
+        # Inputs are standard normals: no result's terms are smaller than one on average. In float32 an error is a
+        # matter of the order in which terms are added up, and so of how large these are.
         floor = terms[name].norm().item() if dtype == torch.float32 else value.numel() ** 0.5
         assert_error_like(value, reference, truth[name], dtype, name, floor=floor)
 
