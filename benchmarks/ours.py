@@ -13,6 +13,7 @@ from moe_peft.adapters import METHODS
 from moe_peft.config import AdapterJob
 from moe_peft.data.dispatcher import MicroBatch, StepPlan
 from moe_peft.data.samples import SampleSet
+from moe_peft.data.tokenizer import Tokenizer
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.strict import nearest
 from moe_peft.training.adapter_run import AdapterRun
@@ -69,8 +70,8 @@ class AdapterSettings:
     def config(self, method: str) -> object:
         """The method's config, with those of the settings that it has."""
         known = {field.name for field in fields(METHODS[method])}
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
-        return METHODS[method](lora_alpha=2 * self.r, **own)
+        wanted = {field.name: getattr(self, field.name) for field in fields(self)} | {"lora_alpha": 2 * self.r}
+        return METHODS[method](**{name: value for name, value in wanted.items() if name in known})
 
 
 class TrainingStep:
@@ -81,13 +82,26 @@ class TrainingStep:
         variant: the adapters.
         settings: of each.
         batches: step i trains on ``batches[i % len(batches)]``.
+        config: of every adapter; None: what ``settings`` make of the variant's method.
+        num_steps: of the training that the steps belong to.
+        lr: the constant learning rate; None: the train command's.
+        tokenizer: for methods that start from a text.
 
     Raises:
         ValueError: when the adapters cannot share a batch's samples equally.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, variant: Variant, settings: AdapterSettings, batches: Sequence[Batch]
+        self,
+        model: LlamaForCausalLM,
+        variant: Variant,
+        settings: AdapterSettings,
+        batches: Sequence[Batch],
+        *,
+        config: object | None = None,
+        num_steps: int = 1_000_000,
+        lr: float | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         for batch in batches:
             if len(batch.samples) % variant.num_adapters:
@@ -95,16 +109,19 @@ class TrainingStep:
         self._model = model.train()
         self._batches = batches
         self.losses: list[float] = []  # of each adapter in the last step
-        self._runs = [self._new_run(variant, settings, number) for number in range(variant.num_adapters)]
+        config = settings.config(variant.method) if config is None else config
+        rate = {} if lr is None else {"lr": lr, "lr_scheduler": "constant"}
+        self._runs = []
+        for number in range(variant.num_adapters):
+            name = f"{variant.label}_{number}"
+            job = AdapterJob(name=name, method=variant.method, adapter=config, data="none", max_steps=num_steps, **rate)
+            self._model.add_adapter(name, config, seed=number, tokenizer=tokenizer)
+            self._runs.append(self._new_run(job))
 
-    def _new_run(self, variant: Variant, settings: AdapterSettings, number: int) -> AdapterRun:
-        name = f"{variant.label}_{number}"
-        config = settings.config(variant.method)
-        job = AdapterJob(name=name, method=variant.method, adapter=config, data="none", max_steps=1_000_000)
-        self._model.add_adapter(name, config, seed=number)
+    def _new_run(self, job: AdapterJob) -> AdapterRun:
         samples = self._batches[0].samples
         plan = StepPlan(
-            name,
+            job.name,
             samples,
             batch_size=len(samples),
             micro_batch_size=len(samples),
@@ -127,6 +144,15 @@ class TrainingStep:
             weight.numel() if expert is None else weight[expert].numel() * chosen
             for _, weight, expert in self._model.named_adapter_weights(job.name)
         )
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters of one of the adapters."""
+        return sum(weight.numel() for weight in self._runs[0].parameters)
+
+    def tokens_of(self, number: int) -> int:
+        """Tokens of the step of that number."""
+        return self._batches[number % len(self._batches)].num_tokens
 
     def __call__(self, number: int) -> float:
         """Take the step of that number; returns its seconds."""

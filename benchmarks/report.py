@@ -1,6 +1,7 @@
 """Tables for the README and pictures for the docs, made from the rows of results.
 
-    python benchmarks/report.py                    README.md between its two markers, and docs/benchmarks-*.png
+    python benchmarks/report.py                    README.md between its two markers, docs/methods.md between the same,
+                                                   and docs/benchmarks-*.png
     python benchmarks/report.py --print            the tables alone, to standard output
 
 Of the rows of one case the newest counts. The markers are the lines {begin} and {end}.
@@ -33,15 +34,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--print", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
     rows = read_rows(options.results)
-    text = tables(rows)
+    text = tables(rows, TABLES, "benchmarks/results")
+    pages = {name: tables(rows, of, "../benchmarks/results") for name, of in PAGES.items()}
     if options.print:
-        print(text)
+        print("\n\n".join([text, *pages.values()]))
         return
     replace_between_markers(options.readme, text)
+    for name, page in pages.items():
+        if page:
+            replace_between_markers(options.pictures / name, page)
     for path in draw(rows, options.pictures):
         print(f"drawn: {path}")
     for name in rows:
-        if name not in TABLES:
+        if name not in TABLES and not any(name in of for of in PAGES.values()):
             print(f"no table is made of {name}.jsonl")
 
 
@@ -59,13 +64,19 @@ def replace_between_markers(path: Path, text: str) -> None:
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
-def tables(rows: Mapping[str, Sequence[Row]]) -> str:
-    """All tables in Markdown, one a benchmark and device."""
+def tables(rows: Mapping[str, Sequence[Row]], of: Mapping[str, Callable[[Sequence[Row]], str]], results: str) -> str:
+    """All tables in Markdown, one a benchmark and device.
+
+    Args:
+        rows: of all benchmarks.
+        of: the benchmarks, and what makes a table of one.
+        results: the rows' folder as seen from the page.
+    """
     parts = []
-    for name, make in TABLES.items():
+    for name, make in of.items():
         for device, group in by_device(rows.get(name, ())).items():
             commits = ", ".join(sorted({row["commit"] for row in group}))
-            source = f"[rows](benchmarks/results/{name}.jsonl) of {commits}"
+            source = f"[rows]({results}/{name}.jsonl) of {commits}"
             parts.append(f"{device}; {source}:\n\n{make(group)}")
     return "\n\n".join(parts)
 
@@ -154,6 +165,26 @@ def many_adapters_table(rows: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
+def methods_table(rows: Sequence[Row]) -> str:
+    """Every method beside plain LoRA."""
+    lines = [
+        [
+            row["method"],
+            f"{row['trainable'] / 1e6:.2f} M",
+            readable(row["tokens_per_second"]["median"]),
+            "" if row["method"] == row["ratio_to"] else _times(row["ratio"]),
+            f"{row['first_loss']:.2f} to {row['last_loss']:.2f}",
+            _memory(row["peak_memory_gb"]),
+        ]
+        for row in rows
+    ]
+    title = rows[0]["case"].rpartition(":")[0]
+    header = [f"{rows[0]['steps']} steps of {title}", "trained", "tokens/s", "time / LoRA", "loss", "peak memory"]
+    return markdown(header, lines)
+
+
+# What a page of docs/ shows between the same markers.
+PAGES: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {"methods.md": {"methods": methods_table}}
 # What the README shows, in this order.
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "peers": peers_table,

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from moe_peft.adapters import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_KEYS = {"commit", "device", "threads", "versions"}
 
@@ -115,3 +117,28 @@ def test_many_adapters_fused_and_one_after_another(tmp_path: Path) -> None:
     run("report.py", "--results", tmp_path, "--readme", readme, "--pictures", tmp_path)
     assert "4 fused" in readme.read_text()
     assert (tmp_path / "benchmarks-many-adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_methods_trains_every_method(tmp_path: Path) -> None:
+    printed = run("methods.py", *TINY[:6], "--steps", 4, "--dtype", "float32", "--no-memory", "--results", tmp_path)
+    found = {row["method"]: row for row in rows(tmp_path, "methods")}
+    assert list(found) == list(METHODS)
+    for method, row in found.items():
+        assert method in printed and set(row) >= ENVIRONMENT_KEYS and row["trainable"] > 0, method
+        assert is_ordered(row["tokens_per_second"]) and is_ordered(row["ratio"])
+        assert 0 < row["last_loss"] < 2 * row["first_loss"], method
+    assert found["lora"]["ratio"]["median"] == 1.0
+
+    readme, page = tmp_path / "README.md", tmp_path / "methods.md"
+    for path in (readme, page):
+        path.write_text("<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+    run("report.py", "--results", tmp_path, "--readme", readme, "--pictures", tmp_path)
+    assert all(f"| {method} |" in page.read_text() for method in METHODS)
+
+
+@pytest.mark.slow
+def test_methods_measures_memory_of_a_method_alone(tmp_path: Path) -> None:
+    run("methods.py", *TINY[:6], "--steps", 3, "--dtype", "float32", "--methods", "lora", "--results", tmp_path)
+    (row,) = rows(tmp_path, "methods")
+    assert 0.1 < row["peak_memory_gb"] < 2.0
