@@ -16,6 +16,9 @@ COMMANDS = {
     "stop": "end the training of single adapters of a run",
     "report": "write one HTML page about a run",
     "generate": "answer prompts with a base model and its adapters",
+    "compare": "tell what methods would cost on a base model",
+    "list": "list the adapters of a folder",
+    "merge": "write a model with an adapter in its weights",
 }
 
 

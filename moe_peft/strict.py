@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from moe_peft.frozen_dict import FrozenDict
+
 T = TypeVar("T")
 
 NoneType = type(None)
@@ -22,7 +24,8 @@ def build(cls: type[T], mapping: object, path: str = "", elsewhere: Mapping[str,
     """Returns ``cls(**mapping)`` with every value checked against its field's type hint.
 
     Args:
-        cls: a dataclass whose hints are made of bool, int, float, str, None, Literal, Any, unions, tuples, dataclasses.
+        cls: a dataclass whose hints are made of bool, int, float, str, None, Literal, Any, unions, tuples, dataclasses,
+            and dictionaries with string keys.
         mapping: plain data as YAML or JSON gives it; a nested dataclass may also be an instance already.
         path: where the mapping stands in its file, such as ``adapters[1]``; put before every field named in an error.
         elsewhere: what to say of a key that is not valid here, but known in another place.
@@ -79,8 +82,9 @@ def check_keys(
 def coerce(value: object, hint: Any, path: str, expected: str | None = None) -> Any:
     """Returns ``value`` as ``hint`` wants it, or refuses it.
 
-    The only conversions: int to float, a string such as ``2e-4`` to float, list to tuple, mapping to dataclass, and (in
-    Python, never from a file) ``os.PathLike`` to str and numpy's scalars to Python's.
+    The only conversions: int to float, a string such as ``2e-4`` to float, list to tuple, mapping to dataclass or to a
+    dictionary that cannot change, and (in Python, never from a file) ``os.PathLike`` to str and numpy's scalars to
+    Python's.
 
     Args:
         expected: what the error says was wanted, where that is more than ``hint``.
@@ -98,6 +102,8 @@ def coerce(value: object, hint: Any, path: str, expected: str | None = None) -> 
         return _coerce_literal(value, get_args(hint), path, expected or f"one of {', '.join(map(str, get_args(hint)))}")
     if origin is tuple:
         return _coerce_tuple(value, get_args(hint), path, refusal)
+    if origin is dict:
+        return _coerce_dict(value, get_args(hint)[1], path, refusal)
     if is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
@@ -159,6 +165,15 @@ def _coerce_tuple(value: object, members: tuple[Any, ...], path: str, refusal: s
     )
 
 
+def _coerce_dict(value: object, member: Any, path: str, refusal: str) -> FrozenDict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(refusal)
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"{path} has the key {show(key)} ({kind(key)}): keys are strings")
+    return FrozenDict({key: coerce(item, member, f"{path}[{show(key)}]") for key, item in value.items()})
+
+
 def _coerce_union(value: object, members: tuple[Any, ...], path: str, expected: str) -> Any:
     if value is None and NoneType in members:
         return None
@@ -168,9 +183,11 @@ def _coerce_union(value: object, members: tuple[Any, ...], path: str, expected: 
     if isinstance(value, (list, tuple)):
         members = tuple(member for member in members if get_origin(member) is tuple)
     elif isinstance(value, Mapping):
-        members = tuple(member for member in members if is_dataclass(member))
+        members = tuple(member for member in members if is_dataclass(member) or get_origin(member) is dict)
     else:
-        members = tuple(member for member in members if member is not NoneType and get_origin(member) is not tuple)
+        members = tuple(
+            member for member in members if member is not NoneType and get_origin(member) not in (tuple, dict)
+        )
     if len(members) == 1:
         return coerce(value, members[0], path, expected)
     choices: list[object] = []
@@ -202,6 +219,8 @@ def plain(value: object) -> Any:
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     return value
 
 
@@ -242,6 +261,8 @@ def type_name(hint: Any) -> str:
         if members[-1] is Ellipsis:
             return f"list of {type_name(members[0])}"
         return f"[{', '.join(type_name(member) for member in members)}]"
+    if origin is dict:
+        return f"mapping of {type_name(members[0])} to {type_name(members[1])}"
     return _SCALAR_NAMES.get(hint, "mapping")
 
 

@@ -1,5 +1,6 @@
 """Small random models, adapters and batches that the tests share."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -149,6 +150,28 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float, what: st
     error = (actual - expected).norm().item()
     allowed = tolerance * max(expected.norm().item(), floor)
     assert error <= allowed, f"{what}: error {error:.3e} above {allowed:.3e}"
+
+
+def assert_same_output(fused, solo, what: str) -> None:
+    """One batch config's output in a fused batch and alone."""
+    assert fused.adapter_name == solo.adapter_name
+    assert fused.num_supervised_tokens == solo.num_supervised_tokens
+    assert_close(fused.logits, solo.logits, 1e-5, f"{what}, logits")
+    assert_close(fused.loss, solo.loss, 1e-5, f"{what}, loss")
+    assert_close(fused.aux_loss, solo.aux_loss, 1e-5, f"{what}, aux loss")
+    assert (fused.router_logits is None) == (solo.router_logits is None)
+    for left, right in zip(fused.router_logits or (), solo.router_logits or (), strict=True):
+        assert_close(left, right, 1e-5, f"{what}, router logits")
+
+
+def assert_same_gradients(fused: dict[str, Tensor], solo: dict[str, Tensor], what: str) -> None:
+    """The issue's measure: per tensor at most 1e-5 of its norm, or of a thousandth of the adapter's norm."""
+    assert fused.keys() == solo.keys()
+    total = torch.stack([gradient.norm() for gradient in solo.values()]).norm().item()
+    assert math.isfinite(total)
+    assert total > 1e-3
+    for key, gradient in fused.items():
+        assert_relative(gradient, solo[key], 1e-5, f"{what}, {key}", floor=1e-3 * total)
 
 
 def assert_error_like(

@@ -16,6 +16,11 @@ from moe_peft import load_base_model, load_tokenizer
 # Tiny tensors gain nothing from threads, and on a busy machine every wait for a second thread costs milliseconds.
 torch.set_num_threads(1)
 
+# Under pytest-xdist the processes that tests start share the cores with those of the other workers.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
 # A busy machine misses any deadline, and a test that fails must fail again.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")

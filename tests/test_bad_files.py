@@ -132,8 +132,8 @@ def test_an_adapter_folder_that_does_not_fit(
     weights.write_bytes(whole)
     settings = place / "qa" / "adapter_config.json"
     fields = json.loads(settings.read_text())
-    settings.write_text(json.dumps({**fields, "use_dora": True}))
-    generate_refuses(arguments, "qa/adapter_config.json: use_dora=True changes the adapter and is not supported")
+    settings.write_text(json.dumps({**fields, "lora_bias": True}))
+    generate_refuses(arguments, "qa/adapter_config.json: lora_bias=True changes the adapter and is not supported")
     settings.write_text("{")
     generate_refuses(arguments, "qa/adapter_config.json is not valid JSON")
     generate_refuses(["--base", str(base), "--adapter", "qb"], "there is no folder qb")

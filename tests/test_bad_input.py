@@ -8,6 +8,7 @@ import pytest
 from refusal import Refused, assert_refused, enter_folder, run_fields, write_config
 from tiny_run import adapter_entry, make_base_folder, write_jsonl
 
+from moe_peft.adapters import METHODS
 from moe_peft.train import main as train
 
 
@@ -61,7 +62,7 @@ def test_the_good_config_runs(base: Path, place: Path, capsys: pytest.CaptureFix
         ("entry", "target_modules", 3, "adapters[0].target_modules=3 must be"),
         ("entry", "data", None, "adapters[0].data=None must be str, not null"),
         ("entry", "optimizer", "adam", "adapters[0].optimizer='adam' must be one of adamw, sgd; did you mean 'adamw'?"),
-        ("entry", "method", "mixlra", "method='mixlra' must be one of lora, mixlora; did you mean 'mixlora'?"),
+        ("entry", "method", "mixlra", f"method='mixlra' must be one of {', '.join(METHODS)}; did you mean 'mixlora'?"),
         # Out of range.
         ("run", "seed", -1, "seed=-1 must be in 0.."),
         ("run", "max_batch_tokens", 0, "max_batch_tokens=0 must be at least 1"),

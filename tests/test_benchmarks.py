@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moe_peft.adapters import METHODS
+from moe_peft.data.bundled import bundled_records_path
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_KEYS = {"commit", "device", "threads", "versions"}
@@ -37,7 +38,10 @@ TINY = ("--preset", "tiny", "--device", "cpu", "--samples", 4, "--steps", 2, "--
 
 @pytest.mark.slow
 def test_default_run(tmp_path: Path) -> None:
-    overrides = ["adapters.*.max_steps=1", "defaults.batch_size=1", "answer_examples=0"]
+    held_out = bundled_records_path("bundled:orders:eval").read_text(encoding="utf-8").splitlines()
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(held_out[:2]), encoding="utf-8")
+    overrides = ["adapters.*.max_steps=1", "defaults.batch_size=1", "answer_examples=0", f"adapters.*.eval_data={few}"]
     run("default_run.py", "--results", tmp_path, *overrides)
     (row,) = rows(tmp_path, "default_run")
     assert row["steps"] == 3 and row["seconds"] > 0 and row["overrides"] == overrides

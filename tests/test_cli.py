@@ -22,6 +22,7 @@ from moe_peft.cli import COMMANDS, main
         (["status", "nowhere"], 2, "", "error: there is no run folder nowhere"),
         ([], 2, "", "Usage:"),
         (["trian"], 2, "", "error: 'trian' is not a command; did you mean 'train'?\n"),
+        (["merge", "--help"], 0, "Merges an adapter into its base model", ""),
         (["xyz"], 2, "", "error: 'xyz' is not a command; valid here: "),
         (["train", "--help"], 0, "Trains many adapters", ""),
         (["train", "nowhere.yaml"], 2, "", "error: config file 'nowhere.yaml' does not exist"),

@@ -137,6 +137,7 @@ ENTRY_VALUES: dict[str, Any] = {
 }
 OURS = {
     "method": "mixlora",
+    "use_dora": "dora",
     "router_loss": 0.0,
     "expert_lora": moe_peft.MixLoraConfig(expert_lora={"r": 7}).expert_lora,
     "target_modules": ("up_proj",),
@@ -149,7 +150,8 @@ PEFT_VALUES: dict[str, Any] = {
     "lora_dropout": 0.5,
     "use_rslora": True,
     "target_modules": ["v_proj"],
-    "init_lora_weights": "gaussian",
+    "init_lora_weights": "pissa",
+    "use_dora": True,
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "inference_mode": True,
@@ -286,16 +288,26 @@ def test_a_field_of_peft_does_what_the_page_says(field: str, tmp_path: Path) -> 
     if PEFT_TABLE[field] == "no effect":
         assert value is not None
         assert read == read_adapter_config(tmp_path)
-    elif field not in ("peft_type", "init_lora_weights"):  # read, and then of no more use
+    elif field == "use_dora":
+        assert (type(read).__name__, type(read_adapter_config(tmp_path)).__name__) == ("DoraConfig", "LoraConfig")
+    elif field != "peft_type":  # read, and then of no more use
         assert getattr(read, field) == (tuple(value) if isinstance(value, list) else value)
 
 
-def test_an_init_that_changes_the_base_is_refused(tmp_path: Path) -> None:
-    (row,) = [line for line in (ROOT / "docs/coming-from-peft.md").read_text().splitlines() if "(`pissa`" in line]
-    for init in re.findall(r"`(pissa|olora|loftq|corda)`", row):
+def test_inits_that_change_the_base_are_read_or_refused(tmp_path: Path) -> None:
+    text = (ROOT / "docs/coming-from-peft.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| `init_lora_weights`")]
+    read, refused = (re.findall(r"`(\w+)`", part) for part in row.partition("read")[2].split(";"))
+    assert "pissa" in read
+    assert "loftq" in refused
+    for init in (*read, *refused):
+        init = init.replace("_N", "_4")
         (tmp_path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": init}))
-        with pytest.raises(ValueError, match=f"init_lora_weights='{init}' was trained against a changed base"):
-            read_adapter_config(tmp_path)
+        if init in refused:
+            with pytest.raises(ValueError, match=f"init_lora_weights='{init}' was trained against a changed base"):
+                read_adapter_config(tmp_path)
+        else:
+            assert read_adapter_config(tmp_path).init_lora_weights == init
 
 
 def resolve(name: str, *roots: object) -> object:

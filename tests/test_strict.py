@@ -1,8 +1,11 @@
 """Mappings become dataclasses exactly, or are refused with the full path of what was wrong."""
 
+import copy
+import json
 import math
+import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +44,8 @@ class Outer:
     inner: Inner | None = None
     inners: tuple[Inner, ...] = ()
     anything: Any = None
+    counts: dict[str, int] = field(default_factory=dict)
+    rates: dict[str, float] | None = None
 
 
 def refusal(cls: type, mapping: object, path: str = "") -> str:
@@ -63,6 +68,8 @@ def test_every_kind_of_field_is_read() -> None:
             "inner": {"size": 2, "rate": 1},
             "inners": [{"size": 1}, {"size": 3}],
             "anything": {"kept": ["as", 1]},
+            "counts": {"a.b": 1, "c": 2},
+            "rates": {"a": 1, "b": "2e-4"},
         },
     )
     assert built == Outer(
@@ -76,6 +83,8 @@ def test_every_kind_of_field_is_read() -> None:
         inner=Inner(size=2, rate=1.0),
         inners=(Inner(size=1), Inner(size=3)),
         anything={"kept": ["as", 1]},
+        counts={"a.b": 1, "c": 2},
+        rates={"a": 1.0, "b": 2e-4},
     )
     assert built.inner is not None
     assert type(built.inner.rate) is float
@@ -122,6 +131,14 @@ def test_every_kind_of_field_is_read() -> None:
         ({"name": "x", "inner": {"size": 1, "rate": 10}}, "at.inner: too much of it"),
         ({"name": "x", "inners": [{"size": 1}, {"sise": 2}]}, "at.inners[1].sise=2 is not a known key"),
         ({"name": "x", "inners": {"size": 1}}, "at.inners={'size': 1} must be list of mapping, not mapping"),
+        ({"name": "x", "counts": {"a": "1"}}, "at.counts['a']='1' must be int, not str"),
+        ({"name": "x", "counts": {"a": True}}, "at.counts['a']=True must be int, not bool"),
+        ({"name": "x", "counts": {3: 1}}, "at.counts has the key 3 (int): keys are strings"),
+        ({"name": "x", "counts": ["a"]}, "at.counts=['a'] must be mapping of str to int, not list"),
+        ({"name": "x", "counts": "a"}, "at.counts='a' must be mapping of str to int, not str"),
+        ({"name": "x", "counts": None}, "at.counts=None must be mapping of str to int, not null"),
+        ({"name": "x", "rates": {"a": "1"}}, "at.rates['a']='1' must be float, not str"),
+        ({"name": "x", "rates": 1}, "at.rates=1 must be mapping of str to float | null, not int"),
         ([], "at=[] must be a mapping of keys to values, not list"),
     ],
 )
@@ -181,7 +198,44 @@ INNERS = st.builds(Inner, size=st.integers(1, 9), rate=st.floats(0.01, 0.99))
         names=st.text() | st.lists(st.text()).map(tuple),
         inner=st.none() | INNERS,
         inners=st.lists(INNERS, max_size=3).map(tuple),
+        counts=st.dictionaries(st.text(), st.integers()),
+        rates=st.none() | st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
     )
 )
 def test_plain_reads_back_to_an_equal_instance(outer: Outer) -> None:
     assert strict.build(Outer, strict.plain(outer)) == outer
+
+
+def test_a_dictionary_in_a_config_cannot_change_and_is_a_part_of_its_identity() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Ranks:
+        of: dict[str, int] = field(default_factory=dict)
+
+        def __post_init__(self) -> None:
+            strict.check_fields(self)
+
+    given_ranks = {"a": 1, "b": 2}
+    ranks = Ranks(of=given_ranks)
+    given_ranks["a"] = 7
+    assert ranks.of == {"a": 1, "b": 2}
+    assert {ranks: "here"}[Ranks(of={"a": 1, "b": 2})] == "here"
+    assert len({ranks, Ranks(), Ranks(of={"a": 1})}) == 3
+    for change in (
+        lambda of: of.__setitem__("a", 3),
+        lambda of: of.__delitem__("a"),
+        lambda of: of.update(a=3),
+        lambda of: of.setdefault("z", 3),
+        lambda of: of.pop("a"),
+        lambda of: of.popitem(),
+        lambda of: of.clear(),
+        lambda of: of.__ior__({"a": 3}),
+    ):
+        with pytest.raises(TypeError):
+            change(ranks.of)
+    with pytest.raises(FrozenInstanceError):
+        ranks.of = {}  # type: ignore[misc]
+    for copied in (copy.copy(ranks), copy.deepcopy(ranks), pickle.loads(pickle.dumps(ranks.of)), replace(ranks)):
+        assert copied in (ranks, ranks.of)
+    assert json.dumps(asdict(ranks)) == '{"of": {"a": 1, "b": 2}}'
+    assert type(strict.plain(ranks)["of"]) is dict
+    assert repr(ranks.of) == "{'a': 1, 'b': 2}"

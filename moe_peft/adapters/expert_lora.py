@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from moe_peft import strict
-from moe_peft.adapters.lora import LoraConfig
+from moe_peft.adapters.lora import PLAIN_INITS, LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,9 @@ class ExpertLoraConfig:
         values = {f.name: getattr(adapter, f.name) for f in fields(LoraConfig)}
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         try:
+            if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in PLAIN_INITS:
+                choices = ", ".join(map(repr, PLAIN_INITS))
+                raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be true, false or {choices}")
             return LoraConfig(**{**values, **{key: value for key, value in own.items() if value is not None}})
         except ValueError as error:
             raise ValueError(f"expert_lora.{error}") from error

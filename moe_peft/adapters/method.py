@@ -4,8 +4,9 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moe_peft import strict
@@ -14,6 +15,34 @@ if TYPE_CHECKING:
     from moe_peft.model.llama import LlamaForCausalLM
 
 NamedWeight = tuple[str, nn.Parameter, int | None]  # checkpoint name, what holds it, its place there if that is a stack
+
+
+class Updates(Protocol):
+    """What a method does to its own adapter while it trains, apart from what the optimizer does."""
+
+    def after_step(self, step: int) -> None:
+        """Called behind every optimizer step that is taken, while the (clipped) gradients are still there.
+
+        It may change weights and buffers in place, keeping the tensor objects, and the shape of a weight by ``resize``.
+
+        Args:
+            step: the optimizer step's number, from 1. Skipped steps are missing.
+        """
+
+
+def resize(weight: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter values of another shape and no gradient; the optimizer still knows it: the object stays.
+
+    Args:
+        weight: the parameter.
+        values: at least as large in every dimension as what stays of the weight; the run fills up the optimizer's state
+            and the copies of earlier weights with zeros.
+    """
+    dtype = weight.dtype
+    weight.grad = None
+    # Another dtype has torch forget the node that takes in gradients of the old shape, which a graph may keep alive.
+    weight.data = weight.new_empty(0, dtype=torch.float16)
+    weight.data = values.to(weight.device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +55,7 @@ class Method(ABC):
 
     peft_type: ClassVar[str] = ""
     has_router: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False  # whether weights or buffers take other shapes while it trains
 
     def __post_init__(self) -> None:
         strict.check_fields(self)
@@ -44,6 +74,16 @@ class Method(ABC):
             ValueError: when the settings do not fit the model.
         """
 
+    @property
+    def context_tokens(self) -> int:
+        """Virtual tokens before each of its samples: they take their places in the model's context."""
+        return self.inserted_tokens
+
+    @property
+    def inserted_tokens(self) -> int:
+        """Those of the virtual tokens that run through the layers as tokens do, and so cost what tokens cost."""
+        return 0
+
     @abstractmethod
     def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[NamedWeight]:
         """Every trained weight under its checkpoint name."""
@@ -56,6 +96,17 @@ class Method(ABC):
         """Those of the buffers without which the adapter could not be used: its folder holds them."""
         return iter(())
 
+    def restore_buffers(self, model: "LlamaForCausalLM", name: str, buffers: Mapping[str, Tensor]) -> None:
+        """Fill the saved buffers of an adapter that has just been attached.
+
+        Args:
+            model: carries the adapter.
+            name: the adapter's.
+            buffers: values of all that ``saved_buffers`` yields, among other tensors of the folder.
+        """
+        for key, tensor in self.saved_buffers(model, name):
+            tensor.copy_(buffers[key])
+
     def is_router(self, key: str) -> bool:
         """Whether a checkpoint name is a router's weight."""
         return False
@@ -63,6 +114,29 @@ class Method(ABC):
     def penalty(self, model: "LlamaForCausalLM", name: str) -> Tensor | None:
         """A loss on the adapter's own weights, times its coefficient, scalar; None without one."""
         return None
+
+    def updates(self, model: "LlamaForCausalLM", name: str, num_steps: int) -> Updates | None:
+        """What the method does behind each optimizer step of a training that begins or goes on; None: nothing.
+
+        Its state is in ``named_buffers``; where earlier weights are kept, ``saved_buffers`` are kept beside them.
+
+        Args:
+            model: carries the adapter.
+            name: the adapter's.
+            num_steps: optimizer steps of the whole training.
+
+        Raises:
+            ValueError: when the settings do not fit that many steps.
+        """
+        return None
+
+    def on_few_layers(self, num_layers: int) -> "Method":
+        """The settings for a trial model of a few layers, any of which is to stand for every layer of the real one.
+
+        Args:
+            num_layers: of the real one.
+        """
+        return self
 
     @classmethod
     def claims(cls, data: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from moe_peft.adapters.expert_lora import ExpertLoraConfig
 from moe_peft.adapters.lora import (
     ATTENTION_PROJECTIONS,
     FFN_PROJECTIONS,
+    PLAIN_INITS,
     LoraConfig,
     lora_weights,
     target_linears,
@@ -58,6 +59,8 @@ class MixLoraConfig(LoraConfig):
 
     peft_type: ClassVar[str] = "MIXLORA"
     has_router: ClassVar[bool] = True
+    inits: ClassVar[tuple[str, ...]] = PLAIN_INITS
+    refused: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern", "layers_to_transform")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from moe_peft.command.model import LoadedModel
 from moe_peft.command.prompts import PromptForm, Question
 from moe_peft.generation import generate_tokens, not_finite_message
-from moe_peft.generation.request import Message, Request
+from moe_peft.generation.request import Message, Request, context_tokens
 from moe_peft.strict import nearest
 
 BASE = "base"  # what the bare model is called at the terminal
@@ -124,12 +124,13 @@ class Chat:
 
     def _request(self, text: str) -> Request:
         """The next turn behind as much of the conversation as the model has room for."""
-        form, limit = self._form_of(self._adapter_name), self._loaded.model.config_.context_limit
+        form, model = self._form_of(self._adapter_name), self._loaded.model
+        limit, num_virtual = model.config_.context_limit, context_tokens(model, self._adapter_name)
         for forgotten in range(len(self._turns) + 1):
             messages = tuple(message for turn in self._turns[forgotten:] for message in turn) if form.is_chat else ()
             ids = form.prompt_ids(Question(instruction=text, messages=messages), self._loaded.tokenizer)
             request = self._new_request(prompt_ids=ids, adapter_name=self._adapter_name)
-            if limit is None or len(ids) + request.max_new_tokens <= limit:
+            if limit is None or num_virtual + len(ids) + request.max_new_tokens <= limit:
                 if forgotten:
                     del self._turns[:forgotten]
                     print(f"(no room left for the oldest turns of the conversation: {forgotten} forgotten)")

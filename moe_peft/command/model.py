@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,48 @@ class LoadedModel:
     templates: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedSources:
+    """What the options name, before any of it is loaded.
+
+    Args:
+        base: the base model.
+        dtype: that it is to be loaded in.
+        folders: the adapters' folders by their names.
+        templates: the template that a run's adapter was trained with, by the adapter's name.
+    """
+
+    base: str
+    dtype: str
+    folders: dict[str, Path]
+    templates: dict[str, str]
+
+
+def find_named_sources(base: str | None, run: str | None, adapters: Sequence[str], dtype: str | None) -> NamedSources:
+    """Reads ``--base``, ``--run``, ``--adapter`` and ``--dtype``.
+
+    Raises:
+        FileNotFoundError: when a folder named is not there.
+        ValueError: when it is there, but is not what it should be, or a name is taken twice.
+    """
+    folder = Path(run) if run is not None else None
+    config = TrainConfig.from_file(_run_config(folder)) if folder is not None else None
+    folders = _run_adapters(folder) if folder is not None else {}
+    for name, path in map(_split_name, adapters):
+        if name in folders:
+            raise ValueError(
+                f"--adapter {path}: the name {name!r} is taken by {folders[name]}; give another: NAME=FOLDER"
+            )
+        folders[name] = path
+    jobs = config.adapters if config is not None else ()
+    return NamedSources(
+        base=base or (config.base_model if config is not None else SMOLLM2_NAME),
+        dtype=dtype or (config.dtype if config is not None else "auto"),
+        folders=folders,
+        templates={job.name: job.template for job in jobs},
+    )
+
+
 def load_named_model(arguments: argparse.Namespace) -> LoadedModel:
     """Loads everything.
 
@@ -55,25 +98,19 @@ def load_named_model(arguments: argparse.Namespace) -> LoadedModel:
         FileNotFoundError: when something named is not there.
         ValueError: when it is there, but is not what it should be, or does not belong together.
     """
-    run = Path(arguments.run) if arguments.run is not None else None
-    config = TrainConfig.from_file(_run_config(run)) if run is not None else None
-    folders = _run_adapters(run) if run is not None else {}
-    for name, folder in map(_split_name, arguments.adapter):
-        if name in folders:
-            raise ValueError(
-                f"--adapter {folder}: the name {name!r} is taken by {folders[name]}; give another: NAME=FOLDER"
-            )
-        folders[name] = folder
-    base = arguments.base or (config.base_model if config is not None else SMOLLM2_NAME)
-    dtype = arguments.dtype or (config.dtype if config is not None else "auto")
+    named = find_named_sources(arguments.base, arguments.run, arguments.adapter, arguments.dtype)
+    tell_loading(named.base)
+    tokenizer = load_tokenizer(named.base)
+    model = load_base_model(named.base, dtype=named.dtype, device=arguments.device)
+    for name, folder in named.folders.items():
+        load_adapter(model, folder, name)
+    return LoadedModel(model=model, tokenizer=tokenizer, templates=named.templates)
+
+
+def tell_loading(base: str) -> None:
+    """Says on a terminal what takes its time."""
     if sys.stderr.isatty():
         print(f"loading {base} ...", file=sys.stderr, flush=True)
-    tokenizer = load_tokenizer(base)
-    model = load_base_model(base, dtype=dtype, device=arguments.device)
-    for name, folder in folders.items():
-        load_adapter(model, folder, name)
-    jobs = config.adapters if config is not None else ()
-    return LoadedModel(model=model, tokenizer=tokenizer, templates={job.name: job.template for job in jobs})
 
 
 def _run_config(run: Path) -> Path:

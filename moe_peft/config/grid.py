@@ -175,11 +175,17 @@ def _spellings(key: str, values: Sequence[Any]) -> list[str]:
 def _spell(value: object) -> str:
     if isinstance(value, tuple):
         return "_".join(_spell(item) for item in value)
+    if isinstance(value, dict):
+        return "_".join(f"{_plain(key)}_{_spell(item)}" for key, item in value.items()) or "none"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = _spell_float(value) if isinstance(value, float) else str(value)
     if isinstance(value, str) and PurePath(value).suffix:  # a file
         text = PurePath(value).stem
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)
 
 

@@ -58,6 +58,8 @@ def _default(field: Any) -> str | None:
 def _yaml(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_yaml(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_yaml(item)}' for key, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -66,7 +68,11 @@ def _yaml(value: object) -> str:
 def config_reference() -> str:
     """Every key of a config file with its type, default and meaning: the run's, an adapter's, each method's own."""
     methods = {method: describe_keys(config) for method, config in METHODS.items()}
-    common = [key for key in next(iter(methods.values())) if all(key in keys for keys in methods.values())]
+    # Methods share many keys: each stands once, under all the methods that have it.
+    shared: dict[tuple[str, ...], list[KeyDoc]] = {}
+    for key in dict.fromkeys(key for keys in methods.values() for key in keys):
+        shared.setdefault(tuple(method for method, keys in methods.items() if key in keys), []).append(key)
+    common = shared.pop(tuple(methods), [])
     defaults = KeyDoc(
         name="defaults",
         type="mapping",
@@ -77,11 +83,10 @@ def config_reference() -> str:
         "Keys of the run": [*describe_keys(TrainConfig), defaults],
         "Keys of an adapter": describe_keys(AdapterJob, leave_out=("adapter",)),
         "Keys of an adapter, whatever its method": common,
-        **{
-            f"Keys of an adapter with method: {method}": [key for key in keys if key not in common]
-            for method, keys in methods.items()
-        },
+        **{f"Keys of an adapter with method: {', '.join(owners)}": keys for owners, keys in shared.items()},
     }
     return "\n\n".join(
-        f"{title}:\n" + "\n".join(key.render() for key in keys) for title, keys in sections.items() if keys
+        "\n".join([*textwrap.wrap(f"{title}:", WIDTH), *(key.render() for key in keys)])
+        for title, keys in sections.items()
+        if keys
     )

@@ -33,6 +33,19 @@ def check_method(method: object, path: str = "") -> None:
         raise ValueError(f"{where}={strict.show(method)} must be one of {', '.join(METHODS)}{close}")
 
 
+def method_of(config: object) -> str:
+    """The registry's name of a config's method.
+
+    Raises:
+        ValueError: when the registry does not have it.
+    """
+    for name, kind in METHODS.items():
+        if type(config) is kind:  # a subclass is another method
+            return name
+    kinds = ", ".join(kind.__name__ for kind in METHODS.values())
+    raise ValueError(f"{strict.show(config)} is not the config of a method: {kinds}")
+
+
 def _remarks_on_other_methods(method: object) -> dict[str, str]:
     return {
         key: f"it is a key of method {other}, not of {method}"
@@ -87,7 +100,7 @@ class AdapterJob:
     optimizer: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "adamw, or sgd"})
     lr: float = field(default=2e-4, metadata={"help": "peak learning rate"})
     loraplus_lr_ratio: float = field(
-        default=1.0, metadata={"help": "lora_B factors learn at this many times lr (LoRA+); 1: at lr, as the others"}
+        default=1.0, metadata={"help": "lora_B factors and 1-D weights learn at this many times lr (LoRA+)"}
     )
     betas: tuple[float, float] = field(
         default=(0.9, 0.999), metadata={"help": "decay of the running means of gradient and squared gradient (adamw)"}

@@ -55,7 +55,6 @@ ENTRY_KEYS_WITHOUT_EFFECT = {
 }
 # Its keys that have one value here; and what to do about any other.
 ONLY_OFF: dict[str, tuple[object, str]] = {
-    "use_dora": (False, "DoRA is not among the methods here"),
     "group_by_length": (False, "it saves padding, of which there is none here; samples are shuffled: leave it out"),
     "evaluate_steps": (None, "there is nothing to evaluate on: leave it out, and give eval_data and eval_steps here"),
 }
@@ -122,7 +121,8 @@ def _job(entry: object, path: str) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"{path}={show(entry)} must be a mapping of keys to values, not {kind(entry)}")
     method = method_of(entry, path)
-    known = (*ENTRY_KEYS, *ENTRY_KEYS_WITHOUT_EFFECT, *ONLY_OFF, "task_name", "peft_type", "routing_strategy")
+    of_method = ("peft_type", "routing_strategy", "use_dora")
+    known = (*ENTRY_KEYS, *ENTRY_KEYS_WITHOUT_EFFECT, *ONLY_OFF, "task_name", *of_method)
     elsewhere = dict.fromkeys(ROUTED_KEYS, "it is a key of a mixture, and this adapter has no routing_strategy")
     elsewhere |= {key: f"it is a key of routing_strategy={name!r}" for key, name in STRATEGY_OF_KEY.items()}
     values = check_keys(entry, (*known, *(ROUTED_KEYS if method == "mixlora" else ())), path, elsewhere)

@@ -42,15 +42,16 @@ _EXPERT_KEYS = {
     "use_rslora": "use_rslora",
     "lora_init": "init_lora_weights",
 }
+_NO_DORA = "a mixture here is made of LoRA alone"
 # Its defaults.
 _TOP_K, _AUX_LOSS_COEF = 2, 0.001
 
 
 def method_of(entry: Mapping[str, Any], path: str) -> str:
-    """The method here of an adapter's settings there: ``lora`` or ``mixlora``.
+    """The method here of an adapter's settings there: ``lora``, ``dora`` or ``mixlora``.
 
     Raises:
-        ValueError: on a type or a routing strategy that is unknown, or not here.
+        ValueError: on a type or a routing strategy that is unknown, or not here, and on DoRA in a mixture.
     """
     strategy, peft_type = entry.get("routing_strategy"), entry.get("peft_type")
     if strategy is not None:
@@ -65,7 +66,12 @@ def method_of(entry: Mapping[str, Any], path: str) -> str:
             f"{join(path, 'peft_type')}={show(peft_type)} does not go with routing_strategy={show(strategy)}: "
             "a mixture has one, LoRA has none"
         )
-    return _METHODS[peft_type]
+    use_dora = entry.get("use_dora", False)
+    if not isinstance(use_dora, bool):
+        raise ValueError(f"{join(path, 'use_dora')}={show(use_dora)} must be true or false")
+    if use_dora and peft_type != "LORA":
+        raise ValueError(f"{join(path, 'use_dora')}=True must be false beside a routing_strategy: {_NO_DORA}")
+    return "dora" if use_dora else _METHODS[peft_type]
 
 
 def check_strategy(strategy: object, path: str = "") -> None:
@@ -115,7 +121,7 @@ def _expert_settings(given: object, path: str) -> dict[str, Any]:
     elsewhere = {"target_modules": "experts sit on the adapter's own target_modules"}
     values = check_keys(given, (*_EXPERT_KEYS, "use_dora", "bias"), path, elsewhere)
     if values.get("use_dora", False) is not False:
-        raise ValueError(f"{join(path, 'use_dora')}={show(values['use_dora'])}: DoRA is not among the methods here")
+        raise ValueError(f"{join(path, 'use_dora')}={show(values['use_dora'])} must be false: {_NO_DORA}")
     if values.get("bias", "none") != "none":
         raise ValueError(f"{join(path, 'bias')}={show(values['bias'])} must be 'none': biases are not trained")
     ours = {_EXPERT_KEYS[key]: value for key, value in values.items() if key in _EXPERT_KEYS}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_peft.data.samples import Sample
-from moe_peft.model.batch import BatchConfig, ModelInput
+from moe_peft.model.batch import IGNORE_INDEX, BatchConfig, ModelInput
 from moe_peft.model.draws import generator_for
 
 
@@ -27,6 +27,7 @@ class MicroBatch:
         step_supervised: supervised tokens of the whole optimizer step.
         step_tokens: all tokens of the whole optimizer step.
         part: 0 for a whole micro-batch, another number for each part of one that was split.
+        inserted_tokens: virtual tokens that the adapter puts before each sample, and that cost what tokens cost.
     """
 
     adapter: str
@@ -37,6 +38,7 @@ class MicroBatch:
     step_supervised: int
     step_tokens: int
     part: int = 0
+    inserted_tokens: int = 0
 
     @property
     def draw_index(self) -> int:
@@ -45,8 +47,8 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this micro-batch."""
-        return sum(len(sample.input_ids) for sample in self.samples)
+        """Tokens of this micro-batch, virtual ones included."""
+        return sum(len(sample.input_ids) + self.inserted_tokens for sample in self.samples)
 
 
 class StepPlan:
@@ -60,6 +62,7 @@ class StepPlan:
         num_epochs: passes over the data, each shuffled anew.
         max_steps: optimizer steps, instead of what ``num_epochs`` would give.
         seed: of the shuffling.
+        inserted_tokens: as in ``MicroBatch``.
     """
 
     def __init__(
@@ -72,23 +75,34 @@ class StepPlan:
         num_epochs: int,
         max_steps: int | None,
         seed: int,
+        inserted_tokens: int = 0,
     ) -> None:
         self.adapter = adapter
         self.samples = tuple(samples)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.seed = seed
+        self.inserted_tokens = inserted_tokens
         self.steps_per_epoch = -(-len(self.samples) // batch_size)
         self.num_steps = max_steps if max_steps is not None else num_epochs * self.steps_per_epoch
         self._order: tuple[int, list[int]] = (-1, [])  # the last epoch asked for, and its order
+
+    def tokens_of(self, sample: Sample) -> int:
+        """Tokens that a sample costs."""
+        return len(sample.input_ids) + self.inserted_tokens
+
+    def supervised_in(self, sample: Sample) -> int:
+        """Tokens of a sample that carry a loss: the first is predicted only from a virtual token before it."""
+        is_first = bool(self.inserted_tokens) and sample.labels[0] != IGNORE_INDEX
+        return sample.num_supervised_tokens + is_first
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of one optimizer step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = self._epoch_order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
         chosen = [self.samples[i] for i in order]
-        supervised = sum(sample.num_supervised_tokens for sample in chosen)
-        tokens = sum(len(sample.input_ids) for sample in chosen)
+        supervised = sum(map(self.supervised_in, chosen))
+        tokens = sum(map(self.tokens_of, chosen))
         starts = range(0, len(chosen), self.micro_batch_size)
         return [
             MicroBatch(
@@ -99,6 +113,7 @@ class StepPlan:
                 samples=tuple(chosen[start : start + self.micro_batch_size]),
                 step_supervised=supervised,
                 step_tokens=tokens,
+                inserted_tokens=self.inserted_tokens,
             )
             for index, start in enumerate(starts)
         ]

@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken
 
 from moe_peft.data.sentencepiece_model import with_plain_white_space
-from moe_peft.data.tokenizer_parts import TokenizerParts
+from moe_peft.data.tokenizer_parts import TokenizerParts, ids_around
 from moe_peft.data.tokenizer_settings import TokenizerSettings, read_tokenizer_settings
 
 
@@ -171,6 +172,16 @@ class SentencePieceBackend:
                 return token_id
         token_id = self._processor.piece_to_id(token)
         return token_id if self._processor.id_to_piece(token_id) == token else None
+
+    def to_tokenizers(self) -> "tokenizers.Tokenizer":
+        from moe_peft.data.sentencepiece_pipeline import bpe_pipeline
+
+        pipeline = bpe_pipeline(self._processor)
+        for token in self._added.values():
+            pipeline.add_tokens([token])
+        if self._prefix or self._suffix:
+            pipeline.post_processor = ids_around(pipeline, self._prefix, self._suffix)
+        return pipeline
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

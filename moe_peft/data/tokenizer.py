@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from moe_peft.data.tokenizer_parts import TokenizerParts
 from moe_peft.io.source import BUILT_IN_MODELS, resolve_source
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Tokenizer:
@@ -90,6 +93,15 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """Jinja source."""
         return self._parts.chat_template
+
+    @property
+    def origin(self) -> str:
+        """The file or folder it was read from, for messages."""
+        return self._parts.origin
+
+    def to_tokenizers(self) -> "tokenizers.Tokenizer":
+        """The same as one pipeline of the ``tokenizers`` library, or the nearest that there is."""
+        return self._backend.to_tokenizers()
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

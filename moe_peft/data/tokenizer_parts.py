@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,6 +27,9 @@ class Backend(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
     def token_to_id(self, token: str) -> int | None: ...
+
+    def to_tokenizers(self) -> "tokenizers.Tokenizer":
+        """The whole behaviour as one pipeline of the ``tokenizers`` library, or the nearest that there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +80,23 @@ class FastBackend:
     def token_to_id(self, token: str) -> int | None:
         token_id: int | None = self._tokenizer.token_to_id(token)
         return token_id
+
+    def to_tokenizers(self) -> "tokenizers.Tokenizer":
+        import tokenizers
+
+        pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        if self._prefix or self._suffix:
+            pipeline.post_processor = ids_around(pipeline, self._prefix, self._suffix)
+        return pipeline
+
+
+def ids_around(pipeline: "tokenizers.Tokenizer", prefix: Sequence[int], suffix: Sequence[int]) -> Any:
+    """A post-processor that puts these ids before and after a text."""
+    from tokenizers import processors
+
+    pieces = {token_id: pipeline.id_to_token(token_id) for token_id in (*prefix, *suffix)}
+    before, after = ([pieces[token_id] for token_id in ids] for ids in (prefix, suffix))
+    single = [*(f"{piece}:0" for piece in before), "$A:0", *(f"{piece}:0" for piece in after)]
+    pair = [*(f"{piece}:1" for piece in before), "$B:1", *(f"{piece}:1" for piece in after)]
+    tokens = [(piece, token_id) for token_id, piece in pieces.items()]
+    return processors.TemplateProcessing(single=single, pair=single + pair, special_tokens=tokens)

@@ -12,11 +12,20 @@ from torch import Tensor
 
 from moe_peft import strict
 from moe_peft.data.tokenizer import Tokenizer
-from moe_peft.generation.request import Completion, FinishReason, Prompt, Request, check_request, encode_prompt
+from moe_peft.generation.request import (
+    Completion,
+    FinishReason,
+    Prompt,
+    Request,
+    check_request,
+    context_tokens,
+    encode_prompt,
+)
 from moe_peft.generation.sampling import Sampling, pick_tokens
 from moe_peft.generation.streaming import TextStream
 from moe_peft.model.batch import BatchConfig, ModelInput
 from moe_peft.model.cache import KVCache
+from moe_peft.model.fixed_weights import fixed_weights
 from moe_peft.model.llama import LlamaForCausalLM
 
 OnText = Callable[[int, str], None]
@@ -129,7 +138,7 @@ def generate_tokens(
         except ValueError as error:
             raise ValueError(f"requests[{i}]: {error}" if len(requests) > 1 else str(error)) from error
     rows = [_Row(i, request, tokenizer, on_text) for i, request in enumerate(requests)]
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), _evaluating(model), fixed_weights():
         for start in range(0, len(rows), batch_size or max(len(rows), 1)):
             _answer_batch(model, rows[start : start + (batch_size or len(rows))])
     return [row.completion() for row in rows]
@@ -205,7 +214,9 @@ def _answer_batch(model: LlamaForCausalLM, rows: Sequence[_Row]) -> None:
     """Prefill, then one token a row and forward; an answered row leaves the batch."""
     # A stable order by adapter: each one's rows lie together, as a batch config wants them.
     rows = sorted(rows, key=lambda row: row.request.adapter_name)
-    capacity = max(row.num_tokens + row.request.max_new_tokens for row in rows)
+    capacity = max(
+        context_tokens(model, row.request.adapter_name) + row.num_tokens + row.request.max_new_tokens for row in rows
+    )
     cache = KVCache(model.config_, len(rows), capacity, dtype=model.dtype, device=model.device)
     new_tokens: list[Sequence[int]] = [row.request.prompt_ids for row in rows]
     while True:

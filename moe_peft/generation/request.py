@@ -99,15 +99,25 @@ def check_request(model: LlamaForCausalLM, request: Request) -> None:
         if not 0 <= token_id < config.vocab_size:
             raise ValueError(f"token id {token_id} of the prompt must be in 0..vocab_size-1={config.vocab_size - 1}")
     limit, prompt_length = config.context_limit, len(request.prompt_ids)
-    if limit is not None and prompt_length + request.max_new_tokens > limit:
+    num_virtual = context_tokens(model, request.adapter_name)
+    if limit is not None and num_virtual + prompt_length + request.max_new_tokens > limit:
+        virtual = f" behind {num_virtual} virtual tokens" if num_virtual else ""
         raise ValueError(
-            f"max_new_tokens={request.max_new_tokens} and a prompt of {prompt_length} must come to at most {limit} "
-            f"tokens, for which the model is made (max_position_embeddings={config.max_position_embeddings})"
+            f"max_new_tokens={request.max_new_tokens} and a prompt of {prompt_length}{virtual} must come to at most "
+            f"{limit} tokens, for which the model is made (max_position_embeddings={config.max_position_embeddings})"
         )
 
 
+def context_tokens(model: LlamaForCausalLM, adapter_name: str) -> int:
+    """Virtual tokens that an adapter puts before a prompt."""
+    expert = parse_expert_name(adapter_name)
+    task = expert[0] if expert else adapter_name
+    number: int = model.adapter_config(task).context_tokens if task else 0
+    return number
+
+
 def check_adapter_name(model: LlamaForCausalLM, name: str) -> None:
-    """Refuses a name that is neither empty nor that of an attached adapter or of one of its experts.
+    """Refuses a name that is neither empty nor that of an attached adapter or of one of its experts, or cannot run now.
 
     Raises:
         ValueError: with the nearest name.
@@ -115,6 +125,8 @@ def check_adapter_name(model: LlamaForCausalLM, name: str) -> None:
     if name == "":
         return
     expert = parse_expert_name(name)
-    num_experts = getattr(model.adapter_config(expert[0] if expert else name), "num_experts", 0)
+    task = expert[0] if expert else name
+    model.check_runnable(task)
+    num_experts = getattr(model.adapter_config(task), "num_experts", 0)
     if expert and expert[1] >= num_experts:
         raise ValueError(f"adapter {expert[0]!r} has no expert {name!r}: it has num_experts={num_experts}")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_peft.adapters import METHODS, Method
-from moe_peft.io.atomic import atomic_folder, save_safetensors_atomically, write_text_atomically
+from moe_peft.io.atomic import atomic_folder, safetensors_size, save_safetensors_atomically, write_text_atomically
 from moe_peft.io.json_file import read_json_object
 from moe_peft.io.original_adapter import (
     PICKLED_WEIGHTS_FILE,
@@ -18,10 +20,11 @@ from moe_peft.io.original_adapter import (
     translate_adapter_config,
 )
 from moe_peft.model.llama import LlamaForCausalLM
-from moe_peft.strict import build, did_you_mean
+from moe_peft.strict import build, check_keys, did_you_mean
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_METADATA = {"format": "pt"}
 
 # What PEFT writes about a folder that changes nothing about its weights' meaning.
 _INFORMATIVE = {
@@ -52,7 +55,7 @@ def save_adapter(model: LlamaForCausalLM, name: str, folder: str | Path) -> None
     Raises:
         ValueError: on an unknown adapter, or a folder that holds other files, which replacing would delete.
     """
-    config = model.adapter_config(name)
+    model.adapter_config(name)  # refuses an unknown one before the folder is looked at
     target = Path(folder)
     if target.is_dir():
         foreign = sorted(path.name for path in target.iterdir() if path.name not in (CONFIG_FILE, WEIGHTS_FILE))
@@ -62,24 +65,41 @@ def save_adapter(model: LlamaForCausalLM, name: str, folder: str | Path) -> None
             )
     elif target.exists():
         raise ValueError(f"folder {target} is a file")
+    text, state = _contents(model, name)
+    with atomic_folder(target, replace=True) as partial:
+        # Experts' tensors are views of one stack, which safetensors would refuse as shared memory.
+        tensors = {key: tensor.clone() for key, tensor in state.items()}
+        save_safetensors_atomically(partial / WEIGHTS_FILE, tensors, _METADATA)
+        write_text_atomically(partial / CONFIG_FILE, text)
+
+
+def _contents(model: LlamaForCausalLM, name: str) -> tuple[str, dict[str, Tensor]]:
+    """The text of an adapter's config file, and its tensors."""
+    config = model.adapter_config(name)
     fields = {
         "peft_type": config.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.source_ or None,
         "inference_mode": True,
-        "bias": "none",
         **config.to_peft(model, name),
     }
-    state = config.to_saved(model, name)
-    with atomic_folder(target, replace=True) as partial:
-        # Experts' tensors are views of one stack, which safetensors would refuse as shared memory.
-        save_safetensors_atomically(
-            partial / WEIGHTS_FILE, {key: tensor.clone() for key, tensor in state.items()}, {"format": "pt"}
-        )
-        write_text_atomically(partial / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
+    return json.dumps(fields, indent=2) + "\n", config.to_saved(model, name)
 
 
-def load_adapter(model: LlamaForCausalLM, folder: str | Path, name: str | None = None, *, seed: int = 0) -> str:
+def size_of_files(model: LlamaForCausalLM, name: str) -> int:
+    """Bytes of the files that ``save_adapter`` would write; the adapter may be on the meta device."""
+    text, tensors = _contents(model, name)
+    return len(text.encode()) + safetensors_size(tensors, _METADATA)
+
+
+def load_adapter(
+    model: LlamaForCausalLM,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """Attach an adapter from its folder.
 
     Args:
@@ -87,16 +107,19 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path, name: str | None =
         folder: as ``save_adapter``, PEFT or the original MoE-PEFT wrote it.
         name: under which it is attached; None takes the folder's name.
         seed: of its dropout when it is trained on.
+        settings: fields of its config that are to have other values than the folder gives them, such as
+            ``{"lora_dropout": 0.1}``, or ``{"active_levels": [0, 2]}`` for a part of a hierarchical LoRA.
 
     Returns:
         The name.
 
     Raises:
-        ValueError: on missing, damaged or unsupported files, or weights that do not fit this base. Nothing is attached.
+        ValueError: on missing, damaged or unsupported files, settings that its method does not have, or weights that do
+            not fit this base. Nothing is attached.
     """
     path = Path(folder)
     name = path.resolve().name if name is None else name
-    config = read_adapter_config(path)
+    config = read_adapter_config(path, settings)
     file = _weights_file(path)
     weights = read_pickled_weights(file) if file.name == PICKLED_WEIGHTS_FILE else _read_safetensors(file)
     model.add_adapter(name, config, seed=seed)
@@ -108,11 +131,15 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path, name: str | None =
     return name
 
 
-def read_adapter_config(folder: str | Path) -> Method:
+def read_adapter_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -> Method:
     """The method's settings in an adapter folder.
 
+    Args:
+        settings: values in place of the folder's own.
+
     Raises:
-        ValueError: when the file is missing, broken, or asks for what no method here does.
+        ValueError: when the file is missing, broken, or asks for what no method here does, or the method has no such
+            settings.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.parent.is_dir():
@@ -130,12 +157,33 @@ def read_adapter_config(folder: str | Path) -> Method:
     try:
         if is_original_config(data):
             data = translate_adapter_config(data)
-        return _build_config(next(method for method in by_type[kind] if method.claims(data)), data)
+        # The most derived of those that claim it; what none claims is refused by name, as no setting of the first.
+        claiming = [method for method in by_type[kind] if method.claims(data)]
+        method = max(claiming, key=lambda method: len(method.mro()), default=by_type[kind][0])
+        return _build_config(method, data, settings or {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _build_config(method: type[Method], data: dict[str, Any]) -> Method:
+def num_values_in(folder: str | Path) -> int:
+    """How many numbers an adapter's weights file holds.
+
+    Raises:
+        ValueError: when the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = _weights_file(Path(folder))
+    if file.name == PICKLED_WEIGHTS_FILE:
+        return sum(tensor.numel() for tensor in read_pickled_weights(file).values())
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or corrupted: {error}") from error
+
+
+def _build_config(method: type[Method], data: dict[str, Any], settings: Mapping[str, Any]) -> Method:
     data = method.from_peft(data)
     names = {field.name for field in dataclasses.fields(method)}
     for key, value in data.items():
@@ -143,7 +191,8 @@ def _build_config(method: type[Method], data: dict[str, Any]) -> Method:
         neutral = value is None or value is False or value in ("none", {}, [])
         if key not in names and key not in _INFORMATIVE and not neutral:
             raise ValueError(f"{key}={value!r} changes the adapter and is not supported for {method.peft_type}")
-    return build(method, {key: data[key] for key in names if key in data})
+    own = {key: data[key] for key in names if key in data}
+    return build(method, {**own, **check_keys(settings, names, "settings")})
 
 
 def _weights_file(folder: Path) -> Path:
@@ -165,7 +214,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], file: Path) -> None:
     config = model.adapter_config(name)
-    weights = config.from_saved(weights)
+    try:
+        weights = config.from_saved(weights)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     state = {**model.adapter_state(name), **dict(config.saved_buffers(model, name))}
     missing, unexpected = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     if missing or unexpected:
@@ -184,5 +236,6 @@ def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], file: 
             kind = "floating-point weights" if tensor.is_floating_point() else f"{tensor.dtype}"
             raise ValueError(f"{file}: {key} holds {weights[key].dtype}, not {kind}")
     with torch.no_grad():
-        for key, tensor in state.items():
+        for key, tensor in model.adapter_state(name).items():
             tensor.copy_(weights[key])
+        config.restore_buffers(model, name, weights)

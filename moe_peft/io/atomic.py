@@ -1,6 +1,7 @@
 """Writing files and folders so that a crash leaves the old one or the new one, never half of one."""
 
 import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -10,7 +11,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+# safetensors' names of dtypes, in the order in which its writer puts their tensors behind each other, last first.
+_SAFETENSORS_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -37,6 +53,19 @@ def save_safetensors_atomically(
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _replace_file(Path(path), lambda partial: save_file(plain, partial, metadata=dict(metadata) if metadata else None))
+
+
+def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes of the file that ``save_safetensors_atomically`` would write, from shapes and dtypes alone."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end, kinds = 0, list(_SAFETENSORS_DTYPES)
+    # The widest elements stand first, so that all are aligned.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-kinds.index(item[1].dtype), item[0])):
+        start, end = end, end + tensor.nbytes
+        kind = _SAFETENSORS_DTYPES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end
 
 
 @contextmanager
@@ -97,6 +126,15 @@ def _exchange(first: Path, second: Path) -> bool:
         return False
     at_current_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
     return bool(renameat2(at_current_folder, bytes(first), at_current_folder, bytes(second), exchange) == 0)
+
+
+def check_free(path: str | Path) -> None:
+    """Refuse a folder that ``atomic_folder`` would not make.
+
+    Raises:
+        FileExistsError: it is a file, or a folder with something in it.
+    """
+    _refuse_occupied(Path(os.path.realpath(path)), replace=False)
 
 
 def _refuse_occupied(target: Path, replace: bool) -> None:

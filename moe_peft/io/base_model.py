@@ -44,6 +44,7 @@ def load_base_model(
         target_dtype = wanted_dtype or native_dtype(checkpoint.dtype, target_device)
         model = _empty_model(checkpoint)
         _fill(model, checkpoint, target_dtype, target_device)
+    model.source_ = str(source)
     return model.eval()
 
 
@@ -82,6 +83,17 @@ def read_base_model_shape(
         return BaseModelShape(
             checkpoint.config, wanted_dtype or native_dtype(checkpoint.dtype, target_device), target_device
         )
+
+
+def stored_dtype(source: str | Path) -> torch.dtype:
+    """The dtype that a base model is stored in; bfloat16 of a quantized GGUF file.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: as ``load_base_model``, but for what only the weights show.
+    """
+    with _opened(resolve_source(source)) as checkpoint:
+        return checkpoint.dtype
 
 
 def _opened(path: Path) -> AbstractContextManager[Checkpoint]:

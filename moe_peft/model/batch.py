@@ -33,7 +33,8 @@ class BatchConfig:
     """A run of neighbouring samples that one adapter owns.
 
     Args:
-        adapter_name: the adapter, ``""`` for the bare base model, or one expert as ``moe.{task}.experts.{idx}``.
+        adapter_name: the adapter, ``""`` for the bare base model (its weights as they stand, while an adapter is merged
+            into them), or one expert as ``moe.{task}.experts.{idx}``.
         batch_start_idx: first sample.
         batch_end_idx: one past the last sample.
         step: the adapter's optimizer step. With ``micro_batch`` it selects the draws of dropout and jitter, which

@@ -52,6 +52,24 @@ class KVCache:
             self.keys_[layer_idx][sample, :, past:total] = keys[start:end].transpose(0, 1)
             self.values_[layer_idx][sample, :, past:total] = values[start:end].transpose(0, 1)
 
+    def begin(self, sample: int, prefix: Sequence[Tensor]) -> None:
+        """Let an empty row begin with keys and values that are no token's.
+
+        Args:
+            sample: the row.
+            prefix: ``[2, V, H, d]`` a layer: keys, then values.
+
+        Raises:
+            ValueError: when they are more than the capacity.
+        """
+        length = prefix[0].shape[1]
+        if length > self.capacity_:
+            raise ValueError(f"sample {sample} begins with {length} tokens, but the cache holds {self.capacity_}")
+        for layer_idx, (keys, values) in enumerate(prefix):
+            self.keys_[layer_idx][sample, :, :length] = keys.transpose(0, 1)
+            self.values_[layer_idx][sample, :, :length] = values.transpose(0, 1)
+        self.lengths_[sample] = length
+
     def advance(self, boundaries: Sequence[int]) -> None:
         """Count the tokens written in this forward."""
         self.lengths_ = [past + boundaries[i + 1] - boundaries[i] for i, past in enumerate(self.lengths_)]

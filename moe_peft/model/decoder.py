@@ -16,6 +16,7 @@ from moe_peft.model.attention import cached_attention, suffix_attention, varlen_
 from moe_peft.model.config import LlamaConfig
 from moe_peft.model.forward import ForwardBatch
 from moe_peft.model.linear import AdapterDict, Linear, frozen_linear, project
+from moe_peft.model.virtual_tokens import attention_behind_prefixes
 
 RouterLogits = tuple[Tensor | None, ...]  # one entry a segment, [T_segment, E]
 
@@ -87,6 +88,8 @@ class LlamaAttention(nn.Module):
         window = self.config_.sliding_window
         if batch.cache is not None:
             mixed = cached_attention(q, k, v, batch.boundaries, window, batch.cache, self.layer_idx_)
+        elif batch.runs:
+            mixed = attention_behind_prefixes(q, k, v, batch, asking, window, self.layer_idx_)
         elif asking is batch:
             mixed = varlen_attention(q, k, v, batch.boundaries, window, batch.cu_seqlens)
         else:

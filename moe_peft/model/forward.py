@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_peft.model.batch import Segment
 from moe_peft.model.cache import KVCache
 from moe_peft.model.draws import dropout_mask
+from moe_peft.model.virtual_tokens import AttentionRun
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class ForwardBatch:
         rows: LongTensor ``[T]``, where they stand in it.
         host_rows: the same on the CPU.
         replay: what is taken over from an earlier forward, if anything.
+        runs: all samples by the prefixes that they stand behind; empty where there are none, or they are in the cache.
     """
 
     segments: tuple[Segment, ...]
@@ -91,6 +93,7 @@ class ForwardBatch:
     rows: Tensor | None = None
     host_rows: Tensor | None = None
     replay: Replay | None = field(default_factory=_replay.get)
+    runs: tuple[AttentionRun, ...] = ()
     _masks: dict[tuple[int, int, str], Tensor] = field(default_factory=dict, repr=False)
 
     def narrowed(self, firsts: Sequence[int]) -> "ForwardBatch":

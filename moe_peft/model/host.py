@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_peft import strict
 from moe_peft.model.batch import ADAPTER_NAME, parse_expert_name
 from moe_peft.model.linear import AdapterDict
+from moe_peft.model.merging import Merge, merge, unmerge
 
 
 class AdapterHost(nn.Module):
@@ -16,6 +17,7 @@ class AdapterHost(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adapters_: dict[str, Any] = {}  # name -> the adapter's config object
+        self.merged_: Merge | None = None
 
     @property
     def adapter_names(self) -> list[str]:
@@ -32,12 +34,18 @@ class AdapterHost(nn.Module):
             tokenizer: of the base; only methods that start from a text ask for it.
 
         Raises:
-            ValueError: on a bad or taken name, or a config that does not fit this model. Nothing is attached then.
+            ValueError: on a bad or taken name, a config that does not fit this model, or while an adapter is merged.
+                Nothing is attached then.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise ValueError(f"adapter name {name!r} must consist of letters, digits, '_' and '-'")
         if name in self.adapters_:
             raise ValueError(f"adapter name {name!r} is taken already; remove_adapter frees it")
+        if self.merged_ is not None:
+            raise ValueError(
+                f"adapter {name!r} belongs beside the plain base model, but {self.merged_.name!r} is merged into it: "
+                f"unmerge_adapter({self.merged_.name!r}) first"
+            )
         try:
             config.attach(self, name, seed, tokenizer)
         except BaseException:
@@ -46,14 +54,75 @@ class AdapterHost(nn.Module):
         self.adapters_[name] = config
 
     def remove_adapter(self, name: str) -> None:
-        """Detach an adapter and free its weights.
+        """Detach an adapter and free its weights; one that is merged leaves the base weights first.
 
         Raises:
             ValueError: when there is none of that name.
         """
         self.adapter_config(name)
+        if self.merged_adapter == name:
+            self.unmerge_adapter(name)
         self._detach(name)
         del self.adapters_[name]
+
+    @property
+    def merged_adapter(self) -> str | None:
+        """The adapter that is merged into the base weights; None: they are the base model's own."""
+        return None if self.merged_ is None else self.merged_.name
+
+    def merge_adapter(self, name: str) -> None:
+        """Fold an adapter into the base weights: ``W`` becomes ``W + ΔW``, computed wide and rounded once.
+
+        Batches of that adapter, and of ``""``, then run the base weights as they stand. Batches of other adapters are
+        refused, as are further adapters. The adapter's own weights stay as they are, and so do the original base
+        weights, beside the model.
+
+        Raises:
+            ValueError: on an unknown adapter, one that no change of the projections' weights equals, one whose merged
+                weights are not finite, or while one is merged already. The base weights are then as they were.
+        """
+        if self.merged_ is not None:
+            raise ValueError(
+                f"adapter {name!r} cannot be merged while {self.merged_.name!r} is: "
+                f"unmerge_adapter({self.merged_.name!r}) first"
+            )
+        self.merged_ = merge(self, name)
+
+    def unmerge_adapter(self, name: str) -> None:
+        """Give the base weights their original bits back.
+
+        Raises:
+            ValueError: when this adapter is not merged.
+        """
+        self.adapter_config(name)
+        if self.merged_ is None or self.merged_.name != name:
+            other = "none is" if self.merged_ is None else f"{self.merged_.name!r} is"
+            raise ValueError(f"adapter {name!r} is not merged into the base model: {other}")
+        unmerge(self, self.merged_)
+        self.merged_ = None
+
+    def check_runnable(self, name: str, *, training: bool = False) -> None:
+        """Refuse an adapter whose batches this model cannot run as it stands.
+
+        Args:
+            name: the adapter.
+            training: whether it is to be trained.
+
+        Raises:
+            ValueError: when it is not attached, when another is merged, or when it is merged and about to be trained.
+        """
+        self.adapter_config(name)
+        merged = self.merged_adapter
+        if merged is not None and merged != name:
+            raise ValueError(
+                f"adapter {name!r} runs beside the plain base model, but {merged!r} is merged into it: "
+                f"unmerge_adapter({merged!r}) first"
+            )
+        if merged is not None and training:
+            raise ValueError(
+                f"adapter {name!r} is merged into the base model and cannot be trained: unmerge_adapter({name!r}) "
+                "first; or call eval() on the model to run it as it is"
+            )
 
     def _detach(self, name: str) -> None:
         for module in self.modules():

@@ -21,7 +21,8 @@ class AdapterDict(nn.Module):
     """A registered dictionary of modules whose keys may hold dots, as in ``moe.qa.experts.0``.
 
     ``nn.ModuleDict`` refuses dots because they separate state-dict keys; here they are stored as ``/``. It also refuses
-    names of its own methods, such as ``train``; here no name becomes an attribute.
+    names of its own methods, such as ``train``; here no name becomes an attribute. A change makes a new dictionary, so
+    that a forward in another thread goes through the old one undisturbed.
     """
 
     def train(self, mode: bool = True) -> "AdapterDict":
@@ -32,7 +33,7 @@ class AdapterDict(nn.Module):
         return self
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
-        self._modules[name.replace(".", "/")] = module
+        self.__dict__["_modules"] = {**self._modules, name.replace(".", "/"): module}
 
     def __getitem__(self, name: str) -> Any:
         module = self.get(name)
@@ -41,7 +42,10 @@ class AdapterDict(nn.Module):
         return module
 
     def __delitem__(self, name: str) -> None:
-        del self._modules[name.replace(".", "/")]
+        key = name.replace(".", "/")
+        if key not in self._modules:
+            raise KeyError(name)
+        self.__dict__["_modules"] = {other: module for other, module in self._modules.items() if other != key}
 
     def __contains__(self, name: str) -> bool:
         return name.replace(".", "/") in self._modules
@@ -211,9 +215,11 @@ def _adapter_on(layer: Linear, segment: "Segment") -> Any:
 
 def _by_segment(x: Tensor, functions: Sequence[Callable[[Tensor], Tensor] | None], batch: "ForwardBatch") -> Tensor:
     """``[T, ...]`` with a function of each segment's own on that segment's rows; None leaves them."""
-    parts = zip(batch.segments, functions, strict=True)
-    rows = [(x[part.start : part.end], function) for part, function in parts]
-    return torch.cat([own if function is None else function(own) for own, function in rows])
+    # Split, not sliced: the backward of each slice would fill a tensor of all rows.
+    lengths = [part.end - part.start for part in batch.segments]
+    pieces = (x,) if len(lengths) == 1 else x.split(lengths)
+    rows = [own if function is None else function(own) for own, function in zip(pieces, functions, strict=True)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def frozen_linear(in_features: int, out_features: int, *, bias: bool) -> nn.Linear:

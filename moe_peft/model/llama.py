@@ -5,6 +5,7 @@ Letters: T tokens, D model, V vocabulary, N rows with a label.
 
 import bisect
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,15 @@ from moe_peft.model.host import AdapterHost
 from moe_peft.model.linear import AdapterDict, frozen_linear, wide_dtype
 from moe_peft.model.rope import rotary_table
 from moe_peft.model.targets import Targets
+from moe_peft.model.virtual_tokens import (
+    AttentionRun,
+    embedded_with,
+    num_before,
+    owners_of,
+    prefix_runs,
+    with_virtual_tokens,
+    without_virtual_tokens,
+)
 
 LONG_SAMPLE = 256  # tokens from which attention over a whole sample is worth a launch of its own
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
@@ -59,6 +69,9 @@ class LlamaForCausalLM(AdapterHost):
         self.lm_head_ = frozen_linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head_.weight = self.embed_tokens.weight
+        # What adapters put before each of their samples: embeddings, or keys and values of every layer.
+        self.prompts_ = AdapterDict()
+        self.prefixes_ = AdapterDict()
 
     @property
     def device(self) -> torch.device:
@@ -95,23 +108,28 @@ class LlamaForCausalLM(AdapterHost):
             One output a batch config, in order.
 
         Raises:
-            ValueError: on a batch config that names an adapter or expert which is not attached, or on a token or label
-                outside the vocabulary.
+            ValueError: on a batch config that names an adapter or expert which is not attached, or that cannot run
+                while another is merged; or on a token or label outside the vocabulary.
         """
         segments = segments_of(model_input)
         for segment in segments:
             self._check_attached(segment)
-        batch = self._forward_batch(model_input, segments, cache)
         input_ids = model_input.input_ids
         if input_ids.min() < 0 or input_ids.max() >= self.config_.vocab_size:
             raise ValueError(f"input_ids must be in 0..vocab_size-1={self.config_.vocab_size - 1}")
-        targets = Targets.of(model_input, self.config_.vocab_size)
+        past = _past_lengths(model_input, cache)
+        num_virtual = num_before(owners_of(model_input, segments, self.prompts_), past)
+        whole = with_virtual_tokens(model_input, num_virtual)
+        segments = segments_of(whole)
+        batch = self._forward_batch(whole, self._without_merged(segments), cache)
+        targets = Targets.of(whole, self.config_.vocab_size)
         wants_logits = return_logits or targets is None
         hidden = self.embed_tokens(input_ids.to(self.device))  # [T, D]
+        hidden = embedded_with(self.prompts_, hidden, num_virtual, model_input.boundaries_, batch)
         narrowed = self._narrowed(batch, targets) if targets is not None and not wants_logits and not cache else None
         hidden, layers_router_logits = self._run_layers(hidden, batch, narrowed)
         if cache is not None:
-            cache.advance(model_input.boundaries_)
+            cache.advance(whole.boundaries_)
         hidden = self.norm(hidden)  # [T, D], or the rows that the last layer answered
 
         losses = self._losses(hidden, targets, segments, narrowed[1] if narrowed else batch)
@@ -121,13 +139,17 @@ class LlamaForCausalLM(AdapterHost):
             of_layers = (logits[i] for logits in layers_router_logits)
             routed = tuple(logits for logits in of_layers if logits is not None)
             aux_loss = self.adapters_[segment.task].aux_loss(routed) if routed else torch.zeros_like(loss)
-            penalty = self.adapters_[segment.task].penalty(self, segment.task) if segment.task else None
+            penalty = None
+            if segment.task and targets is not None:
+                penalty = self.adapters_[segment.task].penalty(self, segment.task)
             outputs.append(
                 ModelOutput(
                     adapter_name=segment.adapter_name,
                     loss=loss,
                     aux_loss=aux_loss if penalty is None else aux_loss + penalty,
-                    logits=self._logits(hidden, batch, segment, last_logits_only) if wants_logits else None,
+                    logits=(
+                        self._logits(hidden, batch, segment, num_virtual, last_logits_only) if wants_logits else None
+                    ),
                     router_logits=routed or None,
                     num_supervised_tokens=num_supervised,
                 )
@@ -137,20 +159,35 @@ class LlamaForCausalLM(AdapterHost):
     def _check_attached(self, segment: Segment) -> None:
         if segment.adapter_name == "":
             return
-        self.adapter_config(segment.task)
+        self.check_runnable(segment.task, training=self.training)
         if segment.adapter_name != segment.task and not any(
             segment.adapter_name in module for module in self.modules() if isinstance(module, AdapterDict)
         ):
             raise ValueError(f"adapter {segment.task!r} has no expert {segment.adapter_name!r}")
+
+    def _without_merged(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        """A merged adapter's tokens as the bare base's, which holds the adapter already."""
+        merged = self.merged_adapter
+        return tuple(
+            replace(segment, adapter_name="", task="") if segment.task == merged else segment for segment in segments
+        )
 
     def _forward_batch(
         self, model_input: ModelInput, segments: tuple[Segment, ...], cache: KVCache | None
     ) -> ForwardBatch:
         edges = model_input.boundaries_
         new = [end - start for start, end in itertools.pairwise(edges)]
-        if cache is not None and len(cache.lengths_) != len(new):
-            raise ValueError(f"the batch has {len(new)} samples, but the cache holds {len(cache.lengths_)}")
-        past = cache.lengths_ if cache is not None else [0] * len(new)
+        config, past = self.config_, _past_lengths(model_input, cache)
+        runs: tuple[AttentionRun, ...] = ()
+        if not all(past):  # the samples that begin here do so behind their adapter's prefix
+            shape = (config.num_hidden_layers, 2, config.num_kv_heads, config.head_size)
+            runs = prefix_runs(self.prefixes_, segments, edges, shape, like=self.norm.weight)
+        for run in runs:
+            for sample in range(run.first, run.last):
+                if run.prefix is not None and not past[sample]:
+                    past[sample] = run.num_before
+                    if cache is not None:
+                        cache.begin(sample, run.prefix)
         mode = self.activation_checkpointing_
         if mode not in ACTIVATION_CHECKPOINTING:
             close = strict.did_you_mean(mode, ACTIVATION_CHECKPOINTING)
@@ -162,7 +199,7 @@ class LlamaForCausalLM(AdapterHost):
         selective = mode == "selective" and self.training and torch.is_grad_enabled()
         on_gpu = self.device.type == "cuda"
         cu_seqlens = model_input.cu_seqlens.to(self.device, torch.int32, non_blocking=True) if on_gpu else None
-        return ForwardBatch(segments, edges, cos, sin, self.training, cache, cu_seqlens, selective)
+        return ForwardBatch(segments, edges, cos, sin, self.training, cache, cu_seqlens, selective, runs=runs)
 
     def _narrowed(self, batch: ForwardBatch, targets: Targets) -> tuple[ForwardBatch, ForwardBatch]:
         """Whose attention and whose output the last layer needs: the tokens from a sample's first target on.
@@ -209,10 +246,24 @@ class LlamaForCausalLM(AdapterHost):
         bounds = targets.bounds([segment.start for segment in segments] + [segments[-1].end])
         return [(nll[start:end].sum() / max(end - start, 1), end - start) for start, end in itertools.pairwise(bounds)]
 
-    def _logits(self, hidden: Tensor, batch: ForwardBatch, segment: Segment, last_only: bool) -> Tensor:
+    def _logits(
+        self, hidden: Tensor, batch: ForwardBatch, segment: Segment, num_virtual: list[int], last_only: bool
+    ) -> Tensor:
         rows = hidden[segment.start : segment.end]
+        first, last = (bisect.bisect_left(batch.boundaries, edge) for edge in (segment.start, segment.end))
         if last_only:
-            lasts = [end - 1 - segment.start for end in batch.boundaries if segment.start < end <= segment.end]
-            rows = rows[lasts]
+            rows = rows[[end - 1 - segment.start for end in batch.boundaries[first + 1 : last + 1]]]
+        else:
+            rows = without_virtual_tokens(rows, num_virtual[first:last], batch.boundaries[first : last + 1])
         logits: Tensor = self.lm_head_(rows)
         return logits
+
+
+def _past_lengths(model_input: ModelInput, cache: KVCache | None) -> list[int]:
+    """What of each sample is in the cache, virtual tokens included."""
+    num_samples = len(model_input.boundaries_) - 1
+    if cache is None:
+        return [0] * num_samples
+    if len(cache.lengths_) != num_samples:
+        raise ValueError(f"the batch has {num_samples} samples, but the cache holds {len(cache.lengths_)}")
+    return list(cache.lengths_)

@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_peft.adapters import Updates
 from moe_peft.config import AdapterJob
 from moe_peft.data.dispatcher import MicroBatch, StepPlan
 from moe_peft.data.samples import SampleSet
@@ -54,10 +56,18 @@ class AdapterRun:
 
     def __post_init__(self) -> None:
         self.parameters = self.model.adapter_parameters(self.job.name)
+        # Fused optimizers go through weights and gradients in the order of memory, whatever the strides say.
+        assert all(weight.is_contiguous() for weight in self.parameters), "weights must lie row by row"
         self.optimizer = build_optimizer(self.model, self.job)
+        adapter, name = self.job.adapter, self.job.name
+        self.updates: Updates | None = adapter.updates(self.model, name, self.plan.num_steps)
+        # What else changes: masks and the like belong to the weights beside which they stood.
+        self.buffers = dict(adapter.saved_buffers(self.model, name)) if self.updates is not None else {}
         # The last weights known to be good: a step that ruins them shows in the next loss, when they are gone.
         self.good_weights = [weight.detach().clone() for weight in self.parameters]
+        self.good_buffers = _copies(self.buffers)
         self.best_weights: list[Tensor] | None = None  # of the best evaluation, under a patience
+        self.best_buffers: dict[str, Tensor] = {}
 
     @property
     def steps_taken(self) -> int:
@@ -196,10 +206,28 @@ class AdapterRun:
         set_learning_rate(self.optimizer, rate)
         # They have just given a finite loss and gradient.
         torch._foreach_copy_(self.good_weights, [weight.detach() for weight in self.parameters])
+        self.good_buffers = _copies(self.buffers)
         self.record.good_step = self.record.steps_taken
         self.optimizer.step()
+        if self.updates is not None:
+            self.updates.after_step(self.record.steps_taken + 1)
+            self._follow_growth()
         if self.loss_scale is not None:
             self.loss_scale.grow()
+
+    def _follow_growth(self) -> None:
+        """Where a weight has grown, what goes with it grows by zeros: products with them stay what they were."""
+        for i, weight in enumerate(self.parameters):
+            shape = self.good_weights[i].shape
+            if weight.shape == shape:
+                continue
+            self.good_weights[i] = _padded(self.good_weights[i], weight.shape)
+            if self.best_weights is not None:
+                self.best_weights[i] = _padded(self.best_weights[i], weight.shape)
+            state = self.optimizer.state[weight]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == shape:
+                    state[key] = _padded(value, weight.shape)
 
     def start_clock(self) -> None:
         """A forward begins: a step's time runs from its first forward, or from the end of the step before."""
@@ -220,6 +248,7 @@ class AdapterRun:
             if best is None or evaluation.eval_loss < best.eval_loss - self.job.min_delta:
                 record.best = len(record.evals) - 1
                 self.best_weights = [weight.detach().clone() for weight in self.parameters]
+                self.best_buffers = _copies(self.buffers)
 
     def take_expert_counts(self) -> ExpertMetrics | None:
         """The row of the tokens that the experts got since the last one; None when they got none."""
@@ -241,15 +270,32 @@ class AdapterRun:
         if self.record.failure is None:
             if self.best_weights is not None:
                 torch._foreach_copy_(weights, self.best_weights)
+                self._put_back(self.best_buffers)
             norm = float(torch.nn.utils.get_total_norm(weights))
             if not math.isfinite(norm):
                 self._fail(f"the norm of the weights, {norm}, must be finite")
         if self.record.failure is not None:
             torch._foreach_copy_(weights, self.good_weights)
+            self._put_back(self.good_buffers)
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _put_back(self, kept: Mapping[str, Tensor]) -> None:
+        for key, value in kept.items():
+            self.buffers[key].data = value.clone()
 
     def _fail(self, what: str) -> None:
         if self.record.failure is not None:
             return  # the first cause is the news
         after, kept = self.record.steps_taken, self.record.good_step
         self.record.failure = f"{what} (after optimizer step {after}; the weights of step {kept} are kept)"
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A larger tensor with this one at its beginning, and zeros behind."""
+    larger = tensor.new_zeros(shape)
+    larger[tuple(slice(size) for size in tensor.shape)] = tensor
+    return larger

@@ -59,7 +59,8 @@ def _answers(
         for record in _with_prompt(job)[:count]:
             prompt_ids = tuple(render_prompt(record, tokenizer, template))
             limit = model.config_.context_limit
-            room = MAX_NEW_TOKENS if limit is None else min(MAX_NEW_TOKENS, limit - len(prompt_ids))
+            length = job.settings.adapter.context_tokens + len(prompt_ids)
+            room = MAX_NEW_TOKENS if limit is None else min(MAX_NEW_TOKENS, limit - length)
             if room < 1:
                 continue
             asked.append((job.name, record))

@@ -56,10 +56,13 @@ class FusedRun:
         """
         self.queue.check_name(settings.name)
         data = self._reader.read(settings)
-        check_fit(settings.name, data, self._model.config_)
+        check_fit(settings.name, data, self._model.config_, settings.adapter.context_tokens)
         # Its turn may come much later: what cannot be attached then would end the whole run.
-        self._model.add_adapter(settings.name, settings.adapter)
-        self._model.remove_adapter(settings.name)
+        self._model.add_adapter(settings.name, settings.adapter, tokenizer=self._reader.tokenizer)
+        try:
+            settings.adapter.updates(self._model, settings.name, data.plan.num_steps)
+        finally:
+            self._model.remove_adapter(settings.name)
         job = Job(settings, data, is_submitted)
         self.queue.add(job)
         return job
@@ -128,7 +131,9 @@ class FusedRun:
     def put_on_model(self, job: Job) -> AdapterRun:
         """Attach a job's adapter, a new one or a parked one."""
         try:
-            self._model.add_adapter(job.name, job.settings.adapter, seed=job.data.seed)
+            self._model.add_adapter(
+                job.name, job.settings.adapter, seed=job.data.seed, tokenizer=self._reader.tokenizer
+            )
         except ValueError as error:
             raise ValueError(f"adapter {job.name!r}: {error}") from error
         if job.loss_scale is None and self._model.dtype == torch.float16:

@@ -5,11 +5,12 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_peft.config import AdapterJob
+from moe_peft.config import AdapterJob, TrainConfig
 from moe_peft.data.dispatcher import StepPlan
 from moe_peft.data.samples import SampleSet, load_samples
 from moe_peft.data.tokenizer import Tokenizer
 from moe_peft.model.config import LlamaConfig
+from moe_peft.model.llama import LlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class JobReader:
     """
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._seed = seed
         self._read_before: dict[tuple[object, ...], tuple[SampleSet, str]] = {}
 
@@ -64,6 +65,7 @@ class JobReader:
             num_epochs=job.num_epochs,
             max_steps=job.max_steps,
             seed=seed,
+            inserted_tokens=job.adapter.inserted_tokens,
         )
         if job.warmup_steps >= plan.num_steps:
             raise ValueError(
@@ -76,7 +78,7 @@ class JobReader:
         key = (data, job.template, job.cutoff_len, job.overlong)
         if key not in self._read_before:
             sample_set = load_samples(
-                data, self._tokenizer, template=job.template, cutoff_len=job.cutoff_len, overlong=job.overlong
+                data, self.tokenizer, template=job.template, cutoff_len=job.cutoff_len, overlong=job.overlong
             )
             self._read_before[key] = sample_set, _fingerprint(sample_set)
         return self._read_before[key]
@@ -90,8 +92,28 @@ def _fingerprint(sample_set: SampleSet) -> str:
     return digest.hexdigest()
 
 
-def check_fit(name: str, data: JobData, shape: LlamaConfig) -> None:
+def check_loaded(model: LlamaForCausalLM, config: TrainConfig) -> None:
+    """Refuses a base model that is loaded otherwise than the config has it.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    if config.dtype not in ("auto", dtype):
+        raise ValueError(f"dtype={config.dtype!r} is not that of the base model, which is loaded in {dtype}")
+    kind, _, index = config.device.partition(":")
+    if kind not in ("auto", model.device.type) or (index and int(index) != (model.device.index or 0)):
+        raise ValueError(f"device={config.device!r} is not that of the base model, which lies on {model.device}")
+
+
+def check_fit(name: str, data: JobData, shape: LlamaConfig, context_tokens: int = 0) -> None:
     """Refuses samples that are not for this base model.
+
+    Args:
+        name: the adapter's.
+        data: its samples.
+        shape: of the base model.
+        context_tokens: virtual tokens that the adapter puts before each sample.
 
     Raises:
         ValueError: naming the adapter.
@@ -99,9 +121,10 @@ def check_fit(name: str, data: JobData, shape: LlamaConfig) -> None:
     sets: Iterable[SampleSet] = filter(None, (data.train_set, data.eval_set))
     for sample_set in sets:
         longest = max(len(sample.input_ids) for sample in sample_set.samples)
-        if shape.context_limit is not None and longest > shape.context_limit:
+        if shape.context_limit is not None and longest + context_tokens > shape.context_limit:
+            virtual = f" and {context_tokens} virtual ones before it" if context_tokens else ""
             raise ValueError(
-                f"adapter {name!r}: a sample of {longest} tokens is longer than the {shape.context_limit} for "
+                f"adapter {name!r}: a sample of {longest} tokens{virtual} is longer than the {shape.context_limit} for "
                 f"which the base model is made (max_position_embeddings={shape.max_position_embeddings}); "
                 "lower cutoff_len"
             )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_peft.config import TrainConfig
-from moe_peft.data.tokenizer import load_tokenizer
+from moe_peft.data.tokenizer import Tokenizer, load_tokenizer
 from moe_peft.io.base_model import load_base_model
+from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun, Ending
 from moe_peft.training.answers import answer_held_out_prompts
 from moe_peft.training.display.alarms import Alarms
@@ -27,7 +28,7 @@ from moe_peft.training.folder.run_folder import RunFolder
 from moe_peft.training.fused_run import FusedRun
 from moe_peft.training.interrupt import InterruptGuard
 from moe_peft.training.job_queue import Job
-from moe_peft.training.preparation import JobReader
+from moe_peft.training.preparation import JobReader, check_loaded
 from moe_peft.training.resume import FORMAT, find_earlier_run, machine, warn_of_another_machine
 from moe_peft.training.run_state import restore, state_of
 
@@ -49,13 +50,24 @@ class Trainer:
         config: the run. Where its folder holds a run of this config, that run goes on from its newest checkpoint.
         resume: whether it may; if not, a folder with a run in it is refused.
         console: where progress and reports go; None: standard output.
+        model: the base model, loaded already; None: it is loaded here. Other adapters may be on it; what the run
+            switches on it (``train()``, ``activation_checkpointing_``) stays so.
+        tokenizer: of the base model; None: it is read here.
 
     Raises:
         ValueError: on anything wrong with the data, the base model or how they fit together, and on a folder that holds
             something else than a run of this config.
     """
 
-    def __init__(self, config: TrainConfig, *, resume: bool = True, console: "Console | None" = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        resume: bool = True,
+        console: "Console | None" = None,
+        model: LlamaForCausalLM | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         from rich.console import Console
 
         self.console = console or Console()
@@ -74,12 +86,15 @@ class Trainer:
 
             check_tensorboard()
         # Data before weights: a typo in a path shows in a second.
-        self.tokenizer = load_tokenizer(config.base_model)
+        self.tokenizer = tokenizer or load_tokenizer(config.base_model)
         reader = JobReader(self.tokenizer, config.seed)
         for job in config.adapters:
             reader.read(job)
-        self._say(f"Loading the base model {config.base_model}")
-        self.model = load_base_model(config.base_model, dtype=config.dtype, device=config.device)
+        if model is None:
+            self._say(f"Loading the base model {config.base_model}")
+            model = load_base_model(config.base_model, dtype=config.dtype, device=config.device)
+        check_loaded(model, config)
+        self.model = model
         self.model.activation_checkpointing_ = config.activation_checkpointing
         if self.model.dtype == torch.float16 and self.model.device.type == "cpu":
             self._say("Warning: CPUs multiply float16 matrices very slowly; dtype bfloat16 or float32 is far faster")
@@ -133,7 +148,7 @@ class Trainer:
             raise ValueError(f"another process has trained in {folder.path} meanwhile: start again to go on from there")
         folder.checkpoints.remove_after(self._checkpoint)
         self._say(opening_line(self.model, folder.path))
-        print_sizes(self.console, self.model, list(self.jobs.values()))
+        print_sizes(self.console, self.model, list(self.jobs.values()), self.tokenizer)
         kept = 0
         if self._checkpoint is not None:
             kept = self._checkpoint.state["metrics_bytes"]

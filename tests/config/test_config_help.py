@@ -12,11 +12,23 @@ def test_every_key_is_listed_once_in_its_section_and_says_what_it_means() -> Non
     keys = [line.split(":")[0].strip() for line in text.splitlines() if line.startswith("  ") and line[2] != " "]
     run = [*field_names(TrainConfig), "defaults"]
     assert keys[: len(run)] == run
-    assert len(keys) == len(run) + len(adapter_keys(None)), "a key stands in two sections, or in none"
     assert set(keys[len(run) :]) == set(adapter_keys(None))
     assert [line for line in text.splitlines() if len(line) > WIDTH] == []
     for cls in (TrainConfig, AdapterJob, *METHODS.values()):
         assert [key.name for key in describe_keys(cls) if not key.meaning] == []
+        assert [key.name for key in describe_keys(cls) if text.count(f"\n{key.render()}\n") > 1] == []
+
+
+def test_every_key_of_a_method_stands_under_its_name() -> None:
+    own: dict[str, list[KeyDoc]] = {method: [] for method in METHODS}
+    docs = {key.render(): key for config in METHODS.values() for key in describe_keys(config)}
+    for section in config_reference().split("\n\n"):
+        title, _, keys = " ".join(section.split("\n  ")[0].split()), None, f"\n{section}\n"
+        owners = title.rstrip(":").rpartition("method: ")[2].split(", ")
+        for owner in METHODS if title == "Keys of an adapter, whatever its method:" else set(owners) & set(METHODS):
+            own[owner] += [key for text, key in docs.items() if f"\n{text}\n" in keys]
+    for method, config in METHODS.items():
+        assert sorted(key.name for key in own[method]) == sorted(key.name for key in describe_keys(config)), method
 
 
 def test_types_and_defaults_are_those_of_the_dataclasses() -> None:

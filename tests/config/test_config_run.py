@@ -15,6 +15,8 @@ from moe_peft.config import AdapterJob, TrainConfig
 from moe_peft.config.job import adapter_keys
 from moe_peft.strict import field_names
 
+KNOWN = ", ".join(METHODS)
+
 LORA = {"name": "style", "method": "lora", "data": "style.jsonl"}
 MIXLORA = {"name": "qa", "method": "mixlora", "data": "qa.jsonl"}
 
@@ -62,12 +64,12 @@ def test_a_method_and_a_job_share_no_key() -> None:
             "adapters[1].dtype='auto' is not a known key: it is a key of the run: put it at the top level",
         ),
         ({"adapter": {}}, "adapters[1].adapter={} is not a known key"),
-        ({"method": "lorra"}, "adapters[1].method='lorra' must be one of lora, mixlora; did you mean 'lora'?"),
+        ({"method": "lorra"}, f"adapters[1].method='lorra' must be one of {KNOWN}; did you mean 'lora'?"),
         (
             {"method": ["lora", "lorra"]},
-            "adapters[1].method[1]='lorra' must be one of lora, mixlora; did you mean 'lora'?",
+            f"adapters[1].method[1]='lorra' must be one of {KNOWN}; did you mean 'lora'?",
         ),
-        ({"method": None}, "adapters[1].method=None must be one of lora, mixlora"),
+        ({"method": None}, f"adapters[1].method=None must be one of {KNOWN}"),
         (
             {"name": "a/b"},
             "adapters[1].name='a/b' must be 1 to 100 letters, digits, _ or -: it becomes a folder's name",
@@ -163,7 +165,7 @@ def test_what_an_adapter_must_not_be(keys: dict[str, Any], message: str) -> None
         ({"adapters": None}, "adapters=None must be list of mapping, not null"),
         ({"adapters": [{"method": "lora", "data": "x"}]}, "adapters[0].name is missing: it has no default"),
         ({"adapters": [{"name": "x", "method": "lora"}]}, "adapters[0].data is missing: it has no default"),
-        ({"adapters": [{"name": "x", "data": "x"}]}, "adapters[0].method is missing: it must be one of lora, mixlora"),
+        ({"adapters": [{"name": "x", "data": "x"}]}, f"adapters[0].method is missing: it must be one of {KNOWN}"),
         (
             {"adapters": [{"name": "x", "methd": "lora"}]},
             "adapters[0].methd='lora' is not a known key; did you mean 'meth",
@@ -239,7 +241,7 @@ def test_configs_built_in_python_are_checked_too() -> None:
         ValueError, match=r"^adapter=MixLoraConfig\(.* of method='lora' must be LoraConfig, not MixLoraC"
     ):
         dataclasses.replace(job, adapter=MixLoraConfig())
-    with pytest.raises(ValueError, match=r"^method='x' must be one of lora, mixlora$"):
+    with pytest.raises(ValueError, match=f"^method='x' must be one of {KNOWN}$"):
         dataclasses.replace(job, method="x")
     with pytest.raises(ValueError, match=r"^lr='fast' must be float, not str$"):
         dataclasses.replace(job, lr="fast")  # type: ignore[arg-type]

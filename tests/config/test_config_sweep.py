@@ -11,10 +11,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_peft.adapters import LoraConfig, MixLoraConfig
+from moe_peft.adapters import METHODS, LoraConfig, MixLoraConfig
 from moe_peft.config import Sweep, TrainConfig
 from moe_peft.config.grid import MAX_MEMBERS, Grid
 from moe_peft.config.job import ADAPTER_NAME
+
+KNOWN = ", ".join(METHODS)
 
 QA = {"name": "qa", "method": "lora", "data": "qa.jsonl"}
 HALVED = {"halve_every": 10, "metric": "loss"}
@@ -92,6 +94,9 @@ def test_a_key_whose_value_is_a_list_is_swept_by_a_list_with_lists() -> None:
         ("template", ["chat", "my/short form.yaml"], ["_chat", "_short_form"]),
         ("data", ["a/x.jsonl", "bundled:orders"], ["_x", "_bundled_orders"]),
         ("data", ["a/x.jsonl", "b/X.jsonl"], ["0", "1"]),  # one folder on some file systems
+        ("rank_pattern", [{}, {"q_proj": 4}, {"v_proj": 2, "up": 3}], ["_none", "_q_proj_4", "_v_proj_2_up_3"]),
+        ("rank_pattern", [{"a.b": 4}, {"a-b": 4}, {"a.*b": 4}], ["_a_b_4", "_a-b_4", "_a__b_4"]),
+        ("layers_to_transform", [[0, 1], [2]], ["0_1", "2"]),
         ("target_modules", [["q_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]], ["0", "1"]),
     ],
 )
@@ -162,7 +167,10 @@ def test_overrides_come_before_the_grid(tmp_path: Path) -> None:
         ({"betas": [[0.9, 0.99], [0.9]]}, "adapters[1].betas[1]=[0.9] must hold 2 values, not 1"),
         ({"target_modules": [["q_proj"], ["q_prj"]]}, "adapters[1].target_modules[1] has 'q_prj', but must be"),
         ({"target_modules": [["q_proj"], 3]}, "adapters[1].target_modules[1]=3 must be str | list of str, not int"),
-        ({"method": ["lora", "mixlor"]}, "adapters[1].method[1]='mixlor' must be one of lora, mixlora; did you mean"),
+        (
+            {"method": ["lora", "mixlor"]},
+            f"adapters[1].method[1]='mixlor' must be one of {KNOWN}; did you mean",
+        ),
         ({"method": [["lora"]]}, "adapters[1].method[0]=['lora'] must be str, not list"),
         ({"num_experts": [4, 8]}, "adapters[1].num_experts[0]=4 is not a known key: it is a key of method mixlora"),
         ({"momentum": [0, 0.9]}, "adapters[1].momentum[1]=0.9 is a key of optimizer='sgd', not of 'adamw'"),

@@ -144,7 +144,11 @@ def test_several_adapters_are_kept_in_order() -> None:
         ({"momentum": 0.9}, "momentum=0.9 is a key of optimizer='sgd', not of 'adamw'"),
         ({"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio=0.5 must be at least 1"),
         ({"lora_init": "pissa"}, "lora[0].lora_init='pissa' must be one of original, gaussian"),
-        ({"use_dora": True}, "lora[0].use_dora=True must be false: DoRA is not among the methods here"),
+        ({"use_dora": "yes"}, "lora[0].use_dora='yes' must be true or false"),
+        (
+            {**MIXTURE, "use_dora": True},
+            "lora[0].use_dora=True must be false beside a routing_strategy: a mixture here",
+        ),
         ({"group_by_length": True}, "lora[0].group_by_length=True must be false: it saves padding, of which there is"),
         ({"evaluate_steps": 100}, "lora[0].evaluate_steps=100 must be null: there is nothing to evaluate on"),
         ({"task_name": "boolq"}, "lora[0].task_name='boolq' must be 'casual': tasks that the original downloads"),
@@ -179,7 +183,7 @@ def test_several_adapters_are_kept_in_order() -> None:
         ({**MIXTURE, "jitter_noise": 2.0}, "router_jitter_noise=2.0 must be in [0, 1)"),
         (
             {**MIXTURE, "expert_lora": {"use_dora": True}},
-            "lora[0].expert_lora.use_dora=True: DoRA is not among the methods here",
+            "lora[0].expert_lora.use_dora=True must be false: a mixture here is made of LoRA alone",
         ),
         (
             {**MIXTURE, "expert_lora": {"target_modules": ["up_proj"]}},

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from builders import add_random_adapter, random_samples, tiny_config, tiny_model
+from hf_twin import our_name
 
 from moe_peft import BatchConfig, LlamaForCausalLM, LoraConfig, MixLoraConfig, ModelInput
 from moe_peft.generation import generate, generate_tokens
@@ -296,18 +297,23 @@ CHATS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def smollm2_twin() -> torch.nn.Module:
-    """The same GGUF file in transformers, float32."""
+def smollm2_twin(model: LlamaForCausalLM) -> torch.nn.Module:
+    """The same weights in transformers, which takes long to read the file; that it reads the same, tests/io shows."""
     path = resolve_source("smollm2-135m")
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        twin = transformers.LlamaForCausalLM(config)
+    ours = {our_name(name): name for name in twin.state_dict()}
+    weights = {ours[name]: weight for name, weight in model.state_dict().items()}
+    twin.load_state_dict(weights, assign=True)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config)  # its table is no weight
+    return twin.eval()
 
 
 @pytest.mark.slow
-def test_greedy_equals_transformers_on_smollm2(smollm2, smollm2_twin) -> None:
+def test_greedy_equals_transformers_on_smollm2(smollm2) -> None:
     model, tokenizer = smollm2
+    twin = smollm2_twin(model)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in (*TEXTS, *CHATS)]
     requests = [Request(prompt_ids=tuple(prompt), max_new_tokens=64) for prompt in prompts]
     num_compared = 0
@@ -316,7 +322,7 @@ def test_greedy_equals_transformers_on_smollm2(smollm2, smollm2_twin) -> None:
         assert len(answer) == 64 or answer[-1] in tokenizer.eos_token_ids
         # What transformers would say after our tokens, all at once: as long as it agrees, these are its own as well.
         with torch.no_grad():
-            logits = smollm2_twin(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            logits = twin(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         best = logits.topk(2)
         close_calls = (best.values[:, 0] - best.values[:, 1] < 1e-3).nonzero().flatten().tolist()
         end = min([*close_calls, len(answer)])

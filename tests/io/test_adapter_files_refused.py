@@ -72,15 +72,10 @@ def test_the_good_folder_loads(model: LlamaForCausalLM, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": 4}),
-        ("alpha_pattern", {"q_proj": 4}),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),
-        ("layers_to_transform", [1]),
-        ("layers_to_transform", 0),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("exclude_modules", ["q_proj"]),
         ("fan_in_fan_out", True),
@@ -98,13 +93,36 @@ def test_a_field_that_changes_the_result_is_refused_by_name(
     refused(model, folder, CONFIG_FILE, f"{field}={value!r} changes the adapter and is not supported for")
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "mystery"])
+@pytest.mark.parametrize("folder", ["mixlora"], indirect=True)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4.0}),
+        ("layers_to_transform", [1]),
+        ("layers_to_transform", 0),
+    ],
+)
+def test_a_mixture_refuses_what_lora_does(field: str, value: object, model: LlamaForCausalLM, folder: Path) -> None:
+    change_config(folder, **{field: value})
+    refused(model, folder, CONFIG_FILE, f"{field}={value!r} changes the adapter and is not supported for MIXLORA")
+
+
+@pytest.mark.parametrize("folder", ["mixlora"], indirect=True)
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
+def test_a_mixture_starts_from_no_base(init: str, model: LlamaForCausalLM, folder: Path) -> None:
+    change_config(folder, init_lora_weights=init)
+    refused(model, folder, f"init_lora_weights={init!r} was trained against a changed base model")
+
+
+@pytest.mark.parametrize("init", ["loftq", "corda", "lora_ga", "pissa_niter_x", "mystery"])
 def test_an_init_that_changes_the_base_is_refused(init: str, model: LlamaForCausalLM, folder: Path) -> None:
     change_config(folder, init_lora_weights=init)
     refused(model, folder, f"init_lora_weights={init!r} was trained against a changed base model")
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_an_init_that_leaves_the_base_alone_is_none_of_our_business(
     init: object, model: LlamaForCausalLM, folder: Path
 ) -> None:
@@ -116,8 +134,9 @@ def test_an_init_that_leaves_the_base_alone_is_none_of_our_business(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LORAA"}, "peft_type='LORAA' must be one of LORA, MIXLORA; did you mean 'LORA'?"),
-        ({"peft_type": "ADALORA"}, "peft_type='ADALORA' must be one of"),
+        ({"peft_type": "LORAA"}, "peft_type='LORAA' must be one of LORA, MIXLORA, "),
+        ({"peft_type": "LORAA"}, "; did you mean 'LORA'?"),
+        ({"peft_type": "MONARCH"}, "peft_type='MONARCH' must be one of"),
         ({"peft_type": None}, "peft_type=None must be one of"),
         ({"peft_type": ["LORA"]}, "peft_type=['LORA'] must be one of"),
         ({"r": 0}, "r=0 must be at least 1"),
@@ -148,9 +167,6 @@ def test_what_peft_itself_saves_of_unsupported_kinds_is_refused(model: LlamaForC
     settings = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 38, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     kinds = {
-        "use_dora": {"use_dora": True},
-        "rank_pattern": {"rank_pattern": {"q_proj": 3}},
-        "layers_to_transform": {"layers_to_transform": 0},
         "modules_to_save": {"modules_to_save": ["lm_head"]},
         "bias": {"bias": "all"},
     }

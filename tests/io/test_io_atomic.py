@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from moe_peft.io.atomic import (
     atomic_folder,
+    safetensors_size,
     save_safetensors_atomically,
     write_bytes_atomically,
     write_text_atomically,
@@ -46,6 +47,19 @@ def test_a_link_stays_a_link(tmp_path):
     write_text_atomically(tmp_path / "link.txt", "new")
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "real.txt").read_text() == "new"
+
+
+DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16]
+DTYPES += [torch.int32, torch.float32, torch.float64, torch.int64]
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "naïve": 'a "word"'}])
+@pytest.mark.parametrize("count", [0, 1, 5, 43])
+def test_the_size_of_a_safetensors_file_is_known_beforehand(tmp_path, count, metadata):
+    tensors = {f"größe.{i % 7}.{i}": torch.zeros(i * 5 % 13, i, dtype=DTYPES[i * 3 % 10]) for i in range(count)}
+    save_safetensors_atomically(tmp_path / "file", tensors, metadata)
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    assert safetensors_size(meta, metadata) == (tmp_path / "file").stat().st_size
 
 
 def test_safetensors_round_trip_with_views_and_metadata(tmp_path):

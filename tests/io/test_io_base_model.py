@@ -14,7 +14,7 @@ from hf_folders import assert_same_weights, edit_config, save_model
 from load_memory import peak_of_loading
 from safetensors.torch import save_file
 
-from moe_peft import load_base_model
+from moe_peft import LoraConfig, load_base_model, save_adapter
 from moe_peft.io import base_model as base_model_module
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +83,13 @@ def test_auto_dtype_is_the_files_where_the_device_computes_it(stored, has_bfloat
     save_model(tmp_path, dtype=DTYPES[stored])
     expected = torch.bfloat16 if stored == "bfloat16" and has_bfloat16 else torch.float32
     assert load_base_model(tmp_path, device="cpu").dtype == expected
+
+
+def test_an_adapters_folder_names_the_base_it_was_made_on(folder, tmp_path):
+    model = load_base_model(folder, device="cpu")
+    model.add_adapter("qa", LoraConfig(r=2))
+    save_adapter(model, "qa", tmp_path / "qa")
+    assert json.loads((tmp_path / "qa" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
 
 
 def test_the_file_may_change_after_loading(folder):
@@ -191,4 +198,5 @@ def test_peak_memory_is_the_weights_and_little_more(dtype, tmp_path):
     num_parameters = save_big_model(tmp_path)
     weights = num_parameters * (2 if dtype == "bfloat16" else 4)
     assert weights > 80 << 20
-    assert weights <= peak_of_loading(tmp_path, dtype) <= 1.2 * weights + (64 << 20)
+    # A little is taken from what importing the package has freed.
+    assert 0.99 * weights <= peak_of_loading(tmp_path, dtype) <= 1.2 * weights + (64 << 20)

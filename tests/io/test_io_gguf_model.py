@@ -171,4 +171,4 @@ def test_peak_memory_is_the_weights_and_little_more(tmp_path):
     peak = peak_of_loading(tmp_path / "model.gguf", "float32")
     weights = 4 * num_parameters
     assert weights > 130 << 20
-    assert weights <= peak <= 1.2 * weights + (64 << 20)
+    assert 0.99 * weights <= peak <= 1.2 * weights + (64 << 20)

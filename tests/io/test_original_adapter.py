@@ -124,7 +124,7 @@ def test_its_weights_may_have_been_made_safe(model: LlamaForCausalLM, folder: Pa
         ({"act_fn": "gelu_new"}, "act_fn='gelu_new' must be 'silu'"),
         ({"num_experts": ...}, "num_experts is missing"),
         ({"use_dora": True}, "use_dora=True changes the adapter and is not supported for MIXLORA"),
-        ({"expert_lora": {"use_dora": True}}, "expert_lora.use_dora=True: DoRA is not among the methods here"),
+        ({"expert_lora": {"use_dora": True}}, "expert_lora.use_dora=True must be false: a mixture here is made"),
         ({"expert_lora": {"r": 2, "rank_pattern": {}}}, "expert_lora.rank_pattern={} is not a known key"),
         ({"expert_lora": 2}, "expert_lora=2 must be a mapping"),
         ({"top_p": 0.8}, "top_p=0.8 is a key of routing_strategy='mixlora-dynamic'"),

@@ -210,6 +210,7 @@ class Work(TorchDispatchMode):
         assert len(self._names) == len(weights)
         self.rows = defaultdict(list)
         self.touched = set()
+        self._filled = []  # they live on, or another tensor might come to lie where one was
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -224,7 +225,10 @@ class Work(TorchDispatchMode):
             if name is None:
                 continue
             self.touched.add(name)
-            if address not in own and made:
+            if function is torch.ops.aten.constant_pad_nd.default:  # bfloat16 rows filled up to whole tiles
+                self._names[made[0].untyped_storage().data_ptr()] = name
+                self._filled.append(made[0])
+            elif address not in own and made:
                 self.rows[name].append(made[0].shape[0])
         return result
 

@@ -10,6 +10,8 @@ from builders import (
     add_random_adapter,
     assert_close,
     assert_relative,
+    assert_same_gradients,
+    assert_same_output,
     backward,
     clear_gradients,
     fuse,
@@ -47,27 +49,6 @@ def make_model(training=True, *, dtype=torch.float32, **config):
     for i, (name, adapter) in enumerate(ADAPTERS.items()):
         add_random_adapter(model, name, adapter, seed=10 + i)
     return model.train(training)
-
-
-def assert_same_gradients(fused, solo, what):
-    """The issue's measure: per tensor at most 1e-5 of its norm, or of a thousandth of the adapter's norm."""
-    assert fused.keys() == solo.keys()
-    total = torch.stack([gradient.norm() for gradient in solo.values()]).norm().item()
-    assert math.isfinite(total)
-    assert total > 1e-3
-    for key, gradient in fused.items():
-        assert_relative(gradient, solo[key], 1e-5, f"{what}, {key}", floor=1e-3 * total)
-
-
-def assert_same_output(fused, solo, what):
-    assert fused.adapter_name == solo.adapter_name
-    assert fused.num_supervised_tokens == solo.num_supervised_tokens
-    assert_close(fused.logits, solo.logits, 1e-5, f"{what}, logits")
-    assert_close(fused.loss, solo.loss, 1e-5, f"{what}, loss")
-    assert_close(fused.aux_loss, solo.aux_loss, 1e-5, f"{what}, aux loss")
-    assert (fused.router_logits is None) == (solo.router_logits is None)
-    for left, right in zip(fused.router_logits or (), solo.router_logits or (), strict=True):
-        assert_close(left, right, 1e-5, f"{what}, router logits")
 
 
 @pytest.mark.parametrize("order", ORDERS)

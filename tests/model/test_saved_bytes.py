@@ -14,6 +14,7 @@ from builders import Run, fuse, random_samples, run_step, tiny_config, tiny_mode
 from moe_peft import LlamaConfig, LoraConfig, MixLoraConfig
 from moe_peft.adapters.lora import FFN_PROJECTIONS, PROJECTIONS
 from moe_peft.config import AdapterJob
+from moe_peft.data.dispatcher import StepPlan
 from moe_peft.model.llama import ACTIVATION_CHECKPOINTING
 from moe_peft.training.adapter_run import AdapterRun
 
@@ -270,7 +271,8 @@ def test_what_a_trainable_weight_costs(adapter, settings):
     for name in ("qa", "other"):
         model.add_adapter(name, adapter)
     job = AdapterJob(name="qa", method=method_of(adapter).lower(), adapter=adapter, data="x.jsonl", lr=0.1, **settings)
-    run = AdapterRun(job, model, plan=None, train_set=None, eval_set=None)
+    plan = StepPlan("qa", (), batch_size=1, micro_batch_size=1, num_epochs=1, max_steps=1, seed=0)
+    run = AdapterRun(job, model, plan=plan, train_set=None, eval_set=None)
     _, found = run_step(model, Run("qa", random_samples((4, 5))))
     gradients = found["qa"].values()
     own = model.adapter_parameters("qa")

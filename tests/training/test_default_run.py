@@ -9,7 +9,6 @@ from rich.console import Console
 
 from moe_peft import TrainConfig, Trainer
 from moe_peft.data.bundled import bundled_records_path
-from moe_peft.training.folder.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -38,13 +37,11 @@ def shuffle_answers(records):
     return shuffled
 
 
-@pytest.fixture(scope="module")
-def falls(tmp_path_factory):
+def falls(folder):
     """By adapter name, the part of its held-out loss that training took away; a control is ``NAME-shuffled``.
 
     Each task's adapter and its control have the default config's settings and as many steps; all six share every batch.
     """
-    folder = tmp_path_factory.mktemp("default_run")
     config = TrainConfig.default().to_dict()
     adapters = []
     for entry in config["adapters"]:
@@ -57,9 +54,7 @@ def falls(tmp_path_factory):
         data = write_jsonl(folder / f"{name}-shuffled.jsonl", shuffle_answers(records))
         adapters.append({**entry, "name": f"{name}-shuffled", "data": data})
     config |= {"adapters": adapters, "answer_examples": 0, "device": "cpu", "output_dir": str(folder / "run")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda folder, runs: None)  # six adapters' pictures cost seconds
-        result = Trainer(TrainConfig.from_dict(config), console=Console(file=io.StringIO())).train()
+    result = Trainer(TrainConfig.from_dict(config), console=Console(file=io.StringIO())).train()
     assert [adapter.num_steps for adapter in result.adapters] == [NUM_STEPS] * 6
     return {adapter.name: 1 - adapter.eval_loss_after / adapter.eval_loss_before for adapter in result.adapters}
 
@@ -73,11 +68,9 @@ def test_the_control_keeps_every_answer_and_moves_them_all():
     assert all(after[sentence] != answer for sentence, answer in before.items())
 
 
-@pytest.mark.parametrize("task", ["orders", "diary", "expenses"])
-def test_a_task_is_learnt(falls, task):
-    assert falls[task] >= 2 * REQUIRED_FALL
-
-
-@pytest.mark.parametrize("task", ["orders", "diary", "expenses"])
-def test_shuffled_answers_do_not_get_there(falls, task):
-    assert falls[f"{task}-shuffled"] < REQUIRED_FALL
+@pytest.mark.usefixtures("no_pictures")  # six adapters' cost seconds
+def test_only_true_answers_teach_a_task(tmp_path):
+    found = falls(tmp_path)
+    for task in ("orders", "diary", "expenses"):
+        assert found[task] >= 2 * REQUIRED_FALL, found
+        assert found[f"{task}-shuffled"] < REQUIRED_FALL, found

@@ -11,8 +11,9 @@ from hf_twin import hf_model
 from peft.optimizers import create_loraplus_optimizer
 from tiny_run import adapter_entry, make_base_folder, run_config
 
-from moe_peft import LoraConfig, MixLoraConfig
+from moe_peft import DoraConfig, LoraConfig, MixLoraConfig
 from moe_peft.config import AdapterJob
+from moe_peft.config.job import method_of
 from moe_peft.training.optimizer import build_optimizer, set_learning_rate
 
 RATE, RATIO = 3e-3, 16.0
@@ -21,8 +22,7 @@ SETTINGS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_e
 
 
 def job(adapter: LoraConfig, **changes) -> AdapterJob:
-    method = "mixlora" if isinstance(adapter, MixLoraConfig) else "lora"
-    fields = {"name": "qa", "method": method, "adapter": adapter, "data": "x.jsonl", "lr": RATE, **changes}
+    fields = {"name": "qa", "method": method_of(adapter), "adapter": adapter, "data": "x.jsonl", "lr": RATE, **changes}
     return AdapterJob(**fields)
 
 
@@ -31,20 +31,31 @@ def rates(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, 
     return {names[id(weight)]: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
 
 
-def test_each_weight_learns_at_the_rate_that_peft_gives_it() -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
+@pytest.mark.parametrize("init", [True, "pissa"])
+@pytest.mark.parametrize("method", [LoraConfig, DoraConfig])
+def test_each_weight_learns_at_the_rate_that_peft_gives_it(method: type[LoraConfig], init: bool | str) -> None:
+    """The magnitudes of DoRA at that of lora_B; the factors that PiSSA starts from at none."""
+    own = {"r": 2, "init_lora_weights": init}
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], use_dora=method is DoraConfig, **own
+    )
     theirs = peft.get_peft_model(hf_model("llama", SETTINGS), config)
     optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO)
-    names = {id(weight): name.replace(".default", "") for name, weight in theirs.named_parameters()}
+    names = {
+        id(weight): name.replace(".default", "").replace("vector.weight", "vector")
+        for name, weight in theirs.named_parameters()
+    }
     expected = {name: rate for name, rate in rates(optimizer, names).items() if "lora_" in name}
 
     model = tiny_model()
-    model.add_adapter("qa", LoraConfig(r=2, target_modules=("q_proj", "down_proj")))
+    model.add_adapter("qa", method(target_modules=("q_proj", "down_proj"), **own))
     ours = build_optimizer(model, job(model.adapter_config("qa"), loraplus_lr_ratio=RATIO, weight_decay=0.1))
     found = rates(ours, {id(weight): key for key, weight, _ in model.named_adapter_weights("qa")})
     assert found == pytest.approx(expected)
     assert set(found.values()) == {RATE, RATE * RATIO}
-    assert {group["weight_decay"] for group in ours.param_groups} == {0.1}
+    decays = {id(weight): group["weight_decay"] for group in ours.param_groups for weight in group["params"]}
+    for key, weight, _ in model.named_adapter_weights("qa"):
+        assert decays[id(weight)] == (0.0 if key.endswith("vector") else 0.1), key
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

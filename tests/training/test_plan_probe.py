@@ -109,3 +109,33 @@ def test_following_says_nothing(capfd):
         torch.empty(10)
     assert live.peak() == 40
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"layers_to_transform": [4, 8], "r": 9}, 2 / 9),
+        ({"rank_pattern": {r"layers\.8\..*": 18}, "r": 9}, 10 / 9),
+        ({"init_lora_weights": "pissa", "r": 9}, 1.0),
+    ],
+    ids=str,
+)
+def test_adapters_that_are_not_alike_on_every_layer_are_planned(settings, share, tmp_path):
+    """Nine layers, of which the probe has three: it tries the mean rank, and decomposes nothing large."""
+    base = make_base_folder(tmp_path / "base", num_hidden_layers=9, **SIZES)
+    data = write_jsonl(tmp_path / "data.jsonl", instructions(24))
+    forecast = forecast_run(run_config(base, tmp_path / "out", adapter_entry("own", data, **settings)))
+    probe = probe_of(forecast)
+    for layer in probe._model.layers:
+        assert layer.mlp.up_proj.loras_["own"].lora_A.shape[0] == round(9 * share)
+    own = forecast.adapters["own"]
+    assert own.num_trainable == pytest.approx(share * 9 * 9 * features_of(probe), rel=1e-6)
+    assert own.state_bytes == (4 + ("init_lora_weights" in settings)) * own.weight_bytes
+    assert probe.memory_of_step(forecast.micro_batches(forecast.steps[0])) > 0
+
+
+def features_of(probe):
+    """Inputs and outputs of a layer's projections: a rank more on all of them has as many parameters."""
+    layer = probe._model.layers[0]
+    linears = [one for part in (layer.self_attn, layer.mlp) for one in part.children() if hasattr(one, "loras_")]
+    return sum(linear.in_features + linear.out_features for linear in linears)

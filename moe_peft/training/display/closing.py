@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_peft.data.tokenizer import Tokenizer
 from moe_peft.io.base_model import without_memory
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.display.summary import (
@@ -38,7 +39,7 @@ class TrainResult:
     adapters: tuple[AdapterResult, ...]
 
 
-def summaries_of(model: LlamaForCausalLM, jobs: Sequence[Job]) -> list[AdapterSummary]:
+def summaries_of(model: LlamaForCausalLM, jobs: Sequence[Job], tokenizer: Tokenizer) -> list[AdapterSummary]:
     """The sizes of every job's adapter, counted on a twin of the model without weights: most wait in the queue yet."""
     num_base = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     counts: dict[object, int] = {}
@@ -49,7 +50,7 @@ def summaries_of(model: LlamaForCausalLM, jobs: Sequence[Job]) -> list[AdapterSu
         config = job.settings.adapter
         if config not in counts:
             with without_memory():
-                twin.add_adapter(job.name, config)
+                twin.add_adapter(job.name, config, tokenizer=tokenizer)
             counts[config] = sum(weight.numel() for weight in twin.adapter_parameters(job.name))
             twin.remove_adapter(job.name)
         return counts[config]
@@ -78,9 +79,9 @@ def opening_line(model: LlamaForCausalLM, run_dir: Path) -> str:
     return f"{num_base:,} frozen parameters, {where}; run folder {run_dir}"
 
 
-def print_sizes(console: "Console", model: LlamaForCausalLM, jobs: Sequence[Job]) -> None:
+def print_sizes(console: "Console", model: LlamaForCausalLM, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
     """The table before training."""
-    print_report(console, parameters_table(summaries_of(model, jobs)))
+    print_report(console, parameters_table(summaries_of(model, jobs, tokenizer)))
 
 
 def results_of(

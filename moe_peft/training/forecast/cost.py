@@ -78,7 +78,7 @@ def forecast_cost(forecast: RunForecast, data_bytes: int) -> RunCost:
     held_out = _held_out(forecast)
     names = {name for step in (*chosen, *largest) for name in step.names} | held_out.keys()
     adapters = {name: forecast.adapters[name] for name in forecast.adapters if name in names}
-    probe = Probe(forecast.shape, adapters, forecast.config.activation_checkpointing)
+    probe = Probe(forecast.shape, adapters, forecast.config.activation_checkpointing, forecast.tokenizer)
     limit = _token_limit(probe, forecast.micro_batches(largest[0]))
 
     def of_step(measure: Callable[[list[MicroBatch]], float], step: FusedStep) -> float:
@@ -187,10 +187,9 @@ def _shortened(micro_batch: MicroBatch, share: float) -> MicroBatch:
     for sample in micro_batch.samples:
         if wanted < 2:
             break
-        samples.append(
-            dataclasses.replace(sample, input_ids=sample.input_ids[-wanted:], labels=sample.labels[-wanted:])
-        )
-        wanted -= len(sample.input_ids)
+        own = max(2, wanted - micro_batch.inserted_tokens)
+        samples.append(dataclasses.replace(sample, input_ids=sample.input_ids[-own:], labels=sample.labels[-own:]))
+        wanted -= len(sample.input_ids) + micro_batch.inserted_tokens
     return dataclasses.replace(micro_batch, samples=tuple(samples))
 
 

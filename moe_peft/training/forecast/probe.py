@@ -14,6 +14,7 @@ from torch import nn
 
 from moe_peft.data.dispatcher import MicroBatch
 from moe_peft.data.samples import Sample
+from moe_peft.data.tokenizer import Tokenizer
 from moe_peft.io.base_model import BaseModelShape
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun
@@ -34,10 +35,15 @@ class Probe:
         shape: of the base model.
         adapters: those that any of its steps is for.
         activation_checkpointing: as the run's.
+        tokenizer: of the base model, for adapters that start from a text.
     """
 
     def __init__(
-        self, shape: BaseModelShape, adapters: Mapping[str, AdapterForecast], activation_checkpointing: str
+        self,
+        shape: BaseModelShape,
+        adapters: Mapping[str, AdapterForecast],
+        activation_checkpointing: str,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self._num_layers = shape.config.num_hidden_layers
         self._depth = min(_LAYERS, self._num_layers)
@@ -47,7 +53,8 @@ class Probe:
         self._model.activation_checkpointing_ = activation_checkpointing
         self._layers = list(self._model.layers)
         for name, adapter in adapters.items():
-            self._model.add_adapter(name, adapter.job.adapter)
+            config = adapter.job.adapter.on_few_layers(self._num_layers)
+            self._model.add_adapter(name, config, tokenizer=tokenizer)
         self._runs: dict[tuple[int, str], AdapterRun] = {}
         self._adapters = adapters
 
@@ -74,15 +81,18 @@ class Probe:
         if not more or not live.has("backward"):
             return live.peak()
         kept = live.at("second") - live.at("first")
-        gradients = (
-            sum(weight.nbytes for part in micro_batches for weight in self._run_of(part.adapter).parameters)
-            // self._depth
-        )
+        further_gradients = sum(self._further_gradients(part.adapter) for part in micro_batches)
         return max(
             live.peak(last="first"),
             live.peak("first", "backward") + more * kept,
-            live.peak("backward") + more * gradients,
+            live.peak("backward") + further_gradients,
         )
+
+    def _further_gradients(self, name: str) -> int:
+        """Bytes of the gradients of an adapter's weights that only all layers together have."""
+        parameters = self._run_of(name).parameters
+        further = self._adapters[name].num_trainable - sum(weight.numel() for weight in parameters)
+        return further * parameters[0].itemsize
 
     def memory_of_evaluation(self, held_out: Mapping[str, Sequence[Sample]], max_batch_tokens: int) -> int:
         """The most bytes that an evaluation takes; it keeps nothing from one layer to the next."""

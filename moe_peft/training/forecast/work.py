@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moe_peft.config import AdapterJob, TrainConfig
 from moe_peft.data.dispatcher import Dispatcher, MicroBatch
 from moe_peft.data.samples import Sample
-from moe_peft.data.tokenizer import load_tokenizer
+from moe_peft.data.tokenizer import Tokenizer, load_tokenizer
 from moe_peft.io.base_model import BaseModelShape, read_base_model_shape, without_memory
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.preparation import JobData, JobReader, check_fit
@@ -21,18 +21,20 @@ class AdapterForecast:
         data: its samples and the plan of its steps.
         num_trainable: its parameters.
         num_router: those of them that route.
+        buffer_bytes: of what it keeps beside them.
     """
 
     job: AdapterJob
     data: JobData
     num_trainable: int
     num_router: int
+    buffer_bytes: int
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all its steps."""
-        lengths = [len(sample.input_ids) for sample in self.data.plan.samples]
         plan = self.data.plan
+        lengths = [plan.tokens_of(sample) for sample in plan.samples]
         epochs, rest = divmod(plan.num_steps, plan.steps_per_epoch)
         of_rest = sum(
             micro_batch.num_tokens
@@ -44,7 +46,7 @@ class AdapterForecast:
     @property
     def largest_micro_batch(self) -> int:
         """Tokens that its longest samples would have in one forward."""
-        lengths = sorted((len(sample.input_ids) for sample in self.data.plan.samples), reverse=True)
+        lengths = sorted(map(self.data.plan.tokens_of, self.data.plan.samples), reverse=True)
         return sum(lengths[: self.data.plan.micro_batch_size])
 
     @property
@@ -69,7 +71,7 @@ class AdapterForecast:
     def state_bytes(self) -> int:
         """What it holds as long as it trains: weights, the optimizer's state, the last good weights and the best."""
         moments = {"adamw": 2, "sgd": int(self.job.momentum > 0)}[self.job.optimizer]
-        return (2 + moments + (self.job.patience is not None)) * self.weight_bytes
+        return (2 + moments + (self.job.patience is not None)) * self.weight_bytes + self.buffer_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -105,6 +107,7 @@ class RunForecast:
         num_base: its parameters.
         adapters: one for each of the config's, by name.
         steps: its forwards, in order.
+        tokenizer: of the base model.
     """
 
     config: TrainConfig
@@ -112,6 +115,7 @@ class RunForecast:
     num_base: int
     adapters: Mapping[str, AdapterForecast]
     steps: tuple[FusedStep, ...]
+    tokenizer: Tokenizer
 
     @property
     def base_bytes(self) -> int:
@@ -131,40 +135,46 @@ def forecast_run(config: TrainConfig) -> RunForecast:
         ValueError: on anything for which the run would be refused.
     """
     reader = JobReader(load_tokenizer(config.base_model), config.seed)
-    data = {job.name: reader.read(job) for job in config.adapters}
+    jobs = {job.name: job for job in config.adapters}
+    data = {name: reader.read(job) for name, job in jobs.items()}
     shape = read_base_model_shape(config.base_model, config.dtype, config.device)
     for name, own in data.items():
-        check_fit(name, own, shape.config)
+        check_fit(name, own, shape.config, jobs[name].adapter.context_tokens)
     base = shape.empty_model()
     adapters = {}
-    counted: dict[object, tuple[int, int]] = {}  # the members of a sweep differ in little that counts
+    counted: dict[object, tuple[int, int, int]] = {}  # the members of a sweep differ in little that counts
     for job in config.adapters:
         if job.adapter not in counted:
-            counted[job.adapter] = _count(base, job)
-        trainable, router = counted[job.adapter]
-        adapters[job.name] = AdapterForecast(job=job, data=data[job.name], num_trainable=trainable, num_router=router)
+            counted[job.adapter] = _count(base, job, reader.tokenizer)
+        trainable, router, buffers = counted[job.adapter]
+        adapters[job.name] = AdapterForecast(
+            job=job, data=data[job.name], num_trainable=trainable, num_router=router, buffer_bytes=buffers
+        )
     return RunForecast(
         config=config,
         shape=shape,
         num_base=sum(weight.numel() for weight in base.parameters()),
         adapters=adapters,
         steps=tuple(fused_steps(adapters, config.max_batch_tokens, config.max_concurrent_adapters)),
+        tokenizer=reader.tokenizer,
     )
 
 
-def _count(base: LlamaForCausalLM, job: AdapterJob) -> tuple[int, int]:
-    """Parameters of an adapter on this base, and those of its routers."""
+def _count(base: LlamaForCausalLM, job: AdapterJob, tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Parameters of an adapter on this base, those of its routers, and bytes of its buffers."""
     try:
         with without_memory():
-            base.add_adapter(job.name, job.adapter)
+            base.add_adapter(job.name, job.adapter, tokenizer=tokenizer)
     except ValueError as error:
         raise ValueError(f"adapter {job.name!r}: {error}") from error
     weights = {
         id(weight): (weight.numel(), job.adapter.is_router(key))
         for key, weight, _ in base.named_adapter_weights(job.name)
     }
+    buffers = sum(buffer.nbytes for buffer in base.adapter_buffers(job.name).values())
     base.remove_adapter(job.name)
-    return sum(size for size, _ in weights.values()), sum(size for size, routes in weights.values() if routes)
+    sizes = weights.values()
+    return sum(size for size, _ in sizes), sum(size for size, routes in sizes if routes), buffers
 
 
 def fused_steps(

@@ -1,0 +1,186 @@
+"""The adapters that are in memory: who uses them, what was saved of them, and which leave for others.
+
+Nothing here is safe between threads: the manager lets one in at a time.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_peft.adapters import Method
+from moe_peft.config.job import method_of
+from moe_peft.manager.folder import AdapterFolder, Identity
+from moe_peft.manager.footprint import Footprint, Twin, digest_of, footprint_of
+from moe_peft.model.llama import LlamaForCausalLM
+
+
+class Resident:
+    """An adapter in memory.
+
+    Args:
+        model: on which it is.
+        name: the adapter's.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, name: str) -> None:
+        self.num_bytes = footprint_of(model, name).num_bytes
+        self.saved = digest_of(model, name)  # of what the folder was given, or gave
+        self.users: list[int] = []  # threads
+
+
+class Residents:
+    """By name, the least recently used first.
+
+    Args:
+        model: carries them.
+        folder: to which what has changed goes.
+        budget: bytes that they may take together; None: no limit.
+        tokenizer: for methods that start from a text.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, folder: AdapterFolder, budget: int | None, tokenizer: Any) -> None:
+        self._model = model
+        self._folder = folder
+        self._budget = budget
+        self._tokenizer = tokenizer
+        self._twin = Twin(model)
+        self._on_disk: dict[str, tuple[Identity | None, str, Footprint]] = {}
+        self._found: dict[str, Resident] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        """The names; one that its user has taken off the model is not there any more."""
+        return iter([name for name in list(self._found) if self.get(name) is not None])
+
+    def get(self, name: str) -> Resident | None:
+        """The adapter, if it is in memory."""
+        if name in self._found and name not in self._model.adapters_:
+            del self._found[name]
+        return self._found.get(name)
+
+    def take_in(self, name: str) -> None:
+        """Note an adapter that is on the model now, as it is in the folder."""
+        self._found[name] = Resident(self._model, name)
+
+    def touch(self, name: str) -> Resident:
+        """Make an adapter the most recently used one."""
+        self._found[name] = self._found.pop(name)
+        return self._found[name]
+
+    def need_of(self, config: Method) -> int:
+        """Bytes of a new adapter.
+
+        Raises:
+            ValueError: when the config does not fit the model.
+        """
+        return self._twin.footprint(config, self._tokenizer).num_bytes
+
+    def need(self, name: str) -> int:
+        """Bytes of an adapter in memory, or in the folder."""
+        resident = self.get(name)
+        return self.on_disk(name)[1].num_bytes if resident is None else resident.num_bytes
+
+    def on_disk(self, name: str) -> tuple[str, Footprint]:
+        """Method and size of an adapter in the folder.
+
+        Raises:
+            ValueError: when there is none that can be read.
+        """
+        identity = self._folder.identity(name)
+        if name not in self._on_disk or self._on_disk[name][0] != identity:
+            config = self._folder.config(name)
+            self._on_disk[name] = identity, method_of(config), self._twin.footprint(config, self._tokenizer)
+        return self._on_disk[name][1:]
+
+    def check_size(self, needs: Mapping[str, int]) -> None:
+        """Refuses adapters that never fit together.
+
+        Args:
+            needs: their bytes by name.
+
+        Raises:
+            ValueError: naming budget and bytes.
+        """
+        needed = sum(needs.values())
+        if self._budget is not None and needed > self._budget:
+            what = f"adapter {next(iter(needs))!r} takes" if len(needs) == 1 else f"{', '.join(needs)} together take"
+            raise ValueError(f"memory_budget={self._budget} is too small: {what} {needed} bytes in memory")
+
+    def make_room(self, needs: Mapping[str, int], spared: str | None) -> bool:
+        """Have others leave memory, as few as it takes; none where even all that are not in use would not do.
+
+        Args:
+            needs: the bytes by name of adapters that are to be in memory together.
+            spared: leaves last.
+        """
+        if self._budget is None or all(self.get(name) is not None for name in needs):
+            return True
+        sizes, in_use = {}, 0
+        for name in self:
+            if name not in needs:
+                resident = self._found[name]
+                resident.num_bytes = sizes[name] = footprint_of(self._model, name).num_bytes  # training may enlarge it
+                in_use += sizes[name] if resident.users else 0
+        room = self._budget - sum(needs.values())
+        if in_use > room:
+            return False
+        idle = [name for name in sizes if not self._found[name].users]
+        taken = sum(sizes.values())
+        for name in sorted(idle, key=lambda name: name == spared):
+            if taken <= room:
+                break
+            taken -= sizes[name]
+            self.evict(name)
+        return True
+
+    def refuse_to_wait(self, needs: Mapping[str, int]) -> None:
+        """A thread that uses adapters waits for no others: two such threads could wait for each other for ever.
+
+        Raises:
+            ValueError: when this thread uses some.
+        """
+        own = self.used_here()
+        if own:
+            used = sum(resident.num_bytes for resident in self._found.values() if resident.users)
+            raise ValueError(
+                f"memory_budget={self._budget} leaves no room for {', '.join(needs)} ({sum(needs.values())} bytes) "
+                f"beside the adapters in use ({used} bytes), some of them by this very thread ({', '.join(own)}): "
+                f"name all at once, as in using({', '.join(map(repr, [*own, *needs]))})"
+            )
+
+    def used_here(self) -> Sequence[str]:
+        """Those that the calling thread uses."""
+        return [name for name in self if threading.get_ident() in self._found[name].users]
+
+    def any_in_use(self) -> bool:
+        """Whether any thread uses any."""
+        return any(resident.users for resident in self._found.values())
+
+    def check_unused(self, name: str, what: str) -> None:
+        """Refuses what cannot be done to an adapter in use.
+
+        Raises:
+            ValueError: naming it.
+        """
+        users = len(self._found[name].users)
+        if users:
+            raise ValueError(f"adapter {name!r} cannot {what}: it is in use in {users} place{'s' if users > 1 else ''}")
+
+    def is_changed(self, name: str) -> bool:
+        """Whether it is not what was saved, or loaded."""
+        return self._found[name].saved != digest_of(self._model, name)
+
+    def save(self, name: str) -> None:
+        """Write it to the folder."""
+        self._folder.save(self._model, name)
+        self._found[name].saved = digest_of(self._model, name)
+
+    def evict(self, name: str) -> None:
+        """Take it off the model, saved before if it has changed."""
+        if self.is_changed(name):
+            self.save(name)
+        self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Take it off the model as it is."""
+        self._model.remove_adapter(name)
+        del self._found[name]
