@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import randomize, tiny_model
+from builders import fuse, random_run, randomize, tiny_model
 from managed import SIZES, answer, bytes_of, loaded, manager_of
 from torch import Tensor
 
