@@ -13,8 +13,10 @@ from moe_peft.adapters import Method
 from moe_peft.config.job import ADAPTER_NAME, LONGEST_NAME, method_of
 from moe_peft.io.adapter_files import CONFIG_FILE, load_adapter, num_values_in, read_adapter_config, save_adapter
 from moe_peft.model.llama import LlamaForCausalLM
+from moe_peft.training.folder.run_lock import holder
 
 TRAINING = ".training"  # where adapters are trained, a folder each, until they are whole
+RUN = "run"  # the training's own folder there
 # What another process replaces while it is read is read again, so often.
 _ATTEMPTS = 20
 
@@ -43,6 +45,9 @@ class StoredAdapter:
 class AdapterFolder:
     """Adapters on disk, by name. Several processes may share the folder: of two that write one adapter, the last wins.
 
+    A process that is killed while it writes leaves a folder ``.NAME.HEX.partial``. Nobody reads it, nor removes it: of
+    none is it certain that no other process is writing it at this moment.
+
     Args:
         path: made when it is first written to.
 
@@ -66,16 +71,19 @@ class AdapterFolder:
 
     def __iter__(self) -> Iterator[str]:
         """The names, sorted; what is no adapter is left out."""
-        return (name for name, reason in self._entries() if reason is None)
+        return (name for name, reason in self.entries() if reason is None)
 
     def foreign(self) -> dict[str, str]:
-        """What else lies in the folder, by name, and why it is no adapter."""
-        return {name: reason for name, reason in self._entries() if reason is not None}
+        """What else lies in the folder, damaged adapters too, by name, and why it is no adapter."""
+        return self.read_all()[1]
 
     def read_all(self) -> tuple[list[StoredAdapter], dict[str, str]]:
         """The adapters, and what else lies in the folder, with the reason why it is none."""
-        found, foreign = [], self.foreign()
-        for name in self:
+        found, foreign = [], {}
+        for name, reason in self.entries():
+            if reason is not None:
+                foreign[name] = reason
+                continue
             path = self.path / name
             try:
                 found.append(
@@ -91,7 +99,8 @@ class AdapterFolder:
                 foreign[name] = str(error)
         return found, foreign
 
-    def _entries(self) -> Iterator[tuple[str, str | None]]:
+    def entries(self) -> Iterator[tuple[str, str | None]]:
+        """What lies in the folder, by name, without a look into the files; and why it can be no adapter, or None."""
         entries = sorted(self.path.iterdir()) if self.path.is_dir() else []
         for entry in entries:
             if entry.name.startswith("."):  # what is being written, or was when its process was killed
@@ -112,9 +121,19 @@ class AdapterFolder:
             ValueError: naming the nearest.
         """
         if name not in self:
-            reason = self.foreign().get(name)
+            reason = dict(self.entries()).get(name)
             hint = f": {reason}" if reason else strict.nearest(name, tuple(self)) or "; it holds none yet"
             raise ValueError(f"{name!r} is no adapter of the folder {self.path}{hint}")
+
+    def check_name(self, name: object) -> None:
+        """Refuses what can be no adapter's name.
+
+        Raises:
+            ValueError: with the rule.
+        """
+        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+            rule = f"must be 1 to {LONGEST_NAME} letters, digits, _ or -: it is a folder's name"
+            raise ValueError(f"name={strict.show(name)} {rule}")
 
     def check_free(self, name: str) -> None:
         """Refuses a name for a new adapter.
@@ -122,10 +141,8 @@ class AdapterFolder:
         Raises:
             ValueError: when it is no name, or taken, case aside: on some file systems both would be one folder.
         """
-        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
-            rule = f"must be 1 to {LONGEST_NAME} letters, digits, _ or -: it becomes a folder's name"
-            raise ValueError(f"name={strict.show(name)} {rule}")
-        for taken, reason in self._entries():
+        self.check_name(name)
+        for taken, reason in self.entries():
             if taken.lower() == name.lower():
                 what = "an adapter" if reason is None else "something else"
                 raise ValueError(f"name={name!r} is taken: {self.path / taken} holds {what}")
@@ -195,6 +212,31 @@ class AdapterFolder:
         """Where an adapter is trained before it takes its place."""
         return self.path / TRAINING / name
 
+    def has_workplace(self, name: str) -> bool:
+        """Whether an adapter is being trained, or its training has not come to its end."""
+        return ADAPTER_NAME.fullmatch(name) is not None and self.workplace(name).is_dir()
+
+    def check_not_in_training(self, name: str) -> None:
+        """Refuses an adapter that somebody trains now.
+
+        Raises:
+            ValueError: naming the process.
+        """
+        process = holder(self.workplace(name) / RUN)
+        if process is not None:
+            raise ValueError(f"adapter {name!r} is being trained by {process}")
+
+    def clear_workplace(self, name: str) -> None:
+        """Remove what a training has left.
+
+        Raises:
+            ValueError: when somebody trains there.
+        """
+        self.check_not_in_training(name)
+        shutil.rmtree(self.workplace(name), ignore_errors=True)
+        with contextlib.suppress(OSError):  # there is none, or others are at work there
+            (self.path / TRAINING).rmdir()
+
     def take_over(self, trained: Path, name: str) -> None:
         """Give a trained adapter its place, and clear its workplace.
 
@@ -205,6 +247,4 @@ class AdapterFolder:
             trained.rename(self.path / name)
         except OSError as error:
             raise ValueError(f"name={name!r} is taken meanwhile; what was trained lies in {trained}") from error
-        shutil.rmtree(self.workplace(name), ignore_errors=True)
-        with contextlib.suppress(OSError):  # others are at work there
-            (self.path / TRAINING).rmdir()
+        self.clear_workplace(name)

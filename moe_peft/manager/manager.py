@@ -5,19 +5,23 @@ import datetime
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_peft.adapters import Method
 from moe_peft.config.job import method_of
+from moe_peft.io.adapter_files import read_adapter_config
 from moe_peft.manager.folder import AdapterFolder
 from moe_peft.manager.residents import Residents
-from moe_peft.manager.training import train_adapter
+from moe_peft.manager.training import can_go_on, train_adapter
+from moe_peft.model.draws import checked_seed
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.strict import show
 from moe_peft.training.display.summary import AdapterResult
+from moe_peft.training.errors import UnfinishedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,14 +68,16 @@ class AdapterManager:
     is saved before if it is not what was saved, and comes back when it is used.
 
     Args:
-        model: the loaded base; it may carry other adapters, which the manager leaves alone.
+        model: the loaded base, which is put into evaluation mode: whoever generates would otherwise switch the modes of
+            others who do. It may carry other adapters, which the manager leaves alone.
         folder: holds an adapter's folder a name, as ``save_adapter`` and PEFT write them; made when first needed.
         memory_budget: the most bytes that the adapters' weights take in memory; None: no limit. Training an adapter
             takes its own on top.
         tokenizer: of the base; only training asks for it, and methods that start from a text.
 
     Raises:
-        ValueError: when the folder holds something else, or the budget is not positive.
+        ValueError: when the model is none, the folder holds something else, or the budget is no positive number of
+            bytes.
     """
 
     def __init__(
@@ -82,9 +88,15 @@ class AdapterManager:
         memory_budget: int | None = None,
         tokenizer: Any = None,
     ) -> None:
-        if memory_budget is not None and (isinstance(memory_budget, bool) or memory_budget < 1):
-            raise ValueError(f"memory_budget={memory_budget} must be at least 1 byte, or None")
-        self.model = model
+        if not isinstance(model, LlamaForCausalLM):
+            raise ValueError(f"model={show(model)} must be a loaded base model, as load_base_model gives it")
+        if memory_budget is not None:
+            is_whole = isinstance(memory_budget, Integral) and not isinstance(memory_budget, bool)
+            if not is_whole or memory_budget < 1:
+                raise ValueError(
+                    f"memory_budget={show(memory_budget)} must be at least 1 byte, or None, and a whole number"
+                )
+        self.model = model.eval()
         self.folder = AdapterFolder(folder)
         self.memory_budget = memory_budget
         self.tokenizer = tokenizer
@@ -128,30 +140,51 @@ class AdapterManager:
 
         Raises:
             ValueError: on a bad or taken name, a config that does not fit, settings without data, bad data or settings,
-                training without a tokenizer, or an adapter larger than the budget. Nothing is added then.
-            UnfinishedError: when the training failed. Nothing is added then.
+                other ones than those of an interrupted training of that name (``delete`` removes it), training without
+                a tokenizer, or an adapter larger than the budget, before training or behind it. Nothing is added then.
+            UnfinishedError: when the training failed. Nothing is added then, and nothing of it stays.
         """
         if data is None and settings:
             key = next(iter(settings))
             raise ValueError(f"{key}={show(settings[key])} is a setting of training, but there is no data to train on")
         method_of(config)
+        seed = checked_seed(seed)
         with self._changed:
-            need = self._residents.need_of(config)
-            self._residents.check_size({name: need})
+            self._residents.check_fits(config)
+            self._residents.check_size({name: config})
             if data is None:
                 self.folder.check_free(name)
-                self._wait_for_room({name: need})
+                self._wait_for_room({name: config})
                 self.folder.check_free(name)  # another thread may have been faster
                 self._attach_new(name, config, seed)
                 return None
         with self._training(name):
             place = self.folder.workplace(name)
-            result = train_adapter(
-                self.model, self.tokenizer, place, name, config, data, seed=seed, console=console, settings=settings
-            )
+            self.folder.check_not_in_training(name)  # by another process
+            try:
+                result = train_adapter(
+                    self.model, self.tokenizer, place, name, config, data, seed=seed, console=console, settings=settings
+                )
+            except BaseException as error:
+                if isinstance(error, UnfinishedError) or not can_go_on(place):
+                    with suppress(ValueError):  # another process trains there
+                        self.folder.clear_workplace(name)
+                raise
             assert result.saved_to is not None
+            self._check_trained(name, result.saved_to)
             self.folder.take_over(result.saved_to, name)
         return dataclasses.replace(result, saved_to=self.folder.path / name)
+
+    def _check_trained(self, name: str, trained: Path) -> None:
+        """Refuses an adapter that has grown over the budget: it could never be loaded."""
+        with self._changed:
+            try:
+                self._residents.check_size({name: read_adapter_config(trained)})
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}, now that it is trained. It lies in {trained}: added again as it was, a manager of a "
+                    f"larger budget takes it over; delete({name!r}) removes it"
+                ) from error
 
     def _attach_new(self, name: str, config: Method, seed: int) -> None:
         self.model.add_adapter(name, config, seed=seed, tokenizer=self.tokenizer)
@@ -174,7 +207,9 @@ class AdapterManager:
                 for other in self._residents:
                     if self._residents.is_changed(other):
                         self._residents.save(other)
-            elif self._residents.get(name) is None:
+                return
+            self.folder.check_name(name)
+            if self._residents.get(name) is None:
                 self.folder.check_known(name)
             else:
                 self._residents.save(name)
@@ -186,6 +221,7 @@ class AdapterManager:
             ValueError: when there is none of that name, it does not fit the base, or it is larger than the budget.
         """
         with self._changed:
+            self.folder.check_name(name)
             self._acquire([name])
 
     def unload(self, name: str) -> None:
@@ -195,6 +231,7 @@ class AdapterManager:
             ValueError: when there is none of that name, or it is in use.
         """
         with self._changed:
+            self.folder.check_name(name)
             if self._residents.get(name) is None:
                 self.folder.check_known(name)
                 return
@@ -210,6 +247,7 @@ class AdapterManager:
         """
         with self._changed:
             if name is not None:
+                self.folder.check_name(name)
                 self._acquire([name])
             self._active = name
 
@@ -225,6 +263,8 @@ class AdapterManager:
         with self._changed:
             if not names and self._active is None:
                 raise ValueError("no adapter is active: name one, or switch to it before")
+            for name in names:
+                self.folder.check_name(name)
             chosen = list(dict.fromkeys(names or (str(self._active),)))
             self._acquire(chosen)
             thread = threading.get_ident()
@@ -240,23 +280,34 @@ class AdapterManager:
                 self._changed.notify_all()
 
     def list(self) -> Infos:
-        """All adapters, by name. What else lies in the folder is told by ``folder.foreign()``."""
+        """All adapters, by name. What else lies in the folder is told by ``foreign``."""
+        return self._read_all()[0]
+
+    def foreign(self) -> dict[str, str]:
+        """What lies in the folder and is no adapter of this base, damaged ones too, by name, and why it is none."""
+        return self._read_all()[1]
+
+    def _read_all(self) -> tuple[Infos, dict[str, str]]:
         infos: Infos = []
+        foreign: dict[str, str] = {}
         with self._changed:
-            for name in self.folder:
+            for name, reason in self.folder.entries():
+                if reason is not None:
+                    foreign[name] = reason
+                    continue
                 resident = self._residents.get(name)
                 try:
-                    method, size = self._residents.on_disk(name)
+                    config, size = self._residents.on_disk(name)
                     num_bytes = self.folder.num_bytes(name)
-                except (ValueError, OSError):
-                    if self.folder.identity(name) is None:  # another process has deleted it meanwhile
-                        continue
-                    raise
+                except (ValueError, OSError) as error:
+                    if self.folder.identity(name) is not None:  # otherwise another process has deleted it meanwhile
+                        foreign[name] = str(error)
+                    continue
                 used = self._last_used.get(name)
                 infos.append(
                     AdapterInfo(
                         name=name,
-                        method=method,
+                        method=method_of(config),
                         num_parameters=size.num_parameters,
                         num_bytes=num_bytes,
                         is_loaded=resident is not None,
@@ -265,20 +316,26 @@ class AdapterManager:
                         last_used=datetime.datetime.fromtimestamp(used) if used is not None else None,
                     )
                 )
-        return infos
+        return infos, foreign
 
     def delete(self, name: str) -> None:
-        """Remove an adapter from memory and from the folder.
+        """Remove an adapter from memory and from the folder, and what a training of it has left there.
 
         Raises:
-            ValueError: when there is none of that name, or it is in use.
+            ValueError: when there is none of that name, or it is in use, or being trained.
         """
         with self._changed:
+            self.folder.check_name(name)
+            if self._in_training == name:
+                raise ValueError(f"adapter {name!r} cannot be deleted: it is being trained")
             if self._residents.get(name) is not None:
                 self._residents.check_unused(name, "be deleted")
-                self._residents.forget(name)
-            else:
+            elif not self.folder.has_workplace(name):
                 self.folder.check_known(name)
+            if self.folder.has_workplace(name):
+                self.folder.clear_workplace(name)
+            if self._residents.get(name) is not None:
+                self._residents.forget(name)
             self.folder.delete(name)
             self._last_used.pop(name, None)
             self._changed.notify_all()
@@ -292,7 +349,7 @@ class AdapterManager:
             for name in names:
                 if self._residents.get(name) is None:
                     self.folder.check_known(name)
-            has_waited = self._wait_for_room({name: self._residents.need(name) for name in names})
+            has_waited = self._wait_for_room({name: self._residents.config(name) for name in names})
         for name in names:
             if self._residents.get(name) is None:
                 self.folder.attach(self.model, name)
@@ -300,8 +357,8 @@ class AdapterManager:
             self._residents.touch(name)
             self._last_used[name] = time.time()
 
-    def _wait_for_room(self, needs: Mapping[str, int]) -> bool:
-        """Wait until adapters of these bytes have their place, others having left memory for it.
+    def _wait_for_room(self, needs: Mapping[str, Method]) -> bool:
+        """Wait until adapters of these settings have their place, others having left memory for it.
 
         Returns:
             Whether it has waited.

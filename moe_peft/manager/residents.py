@@ -4,13 +4,13 @@ Nothing here is safe between threads: the manager lets one in at a time.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_peft.adapters import Method
-from moe_peft.config.job import method_of
+from moe_peft.io.adapter_files import num_values_in
 from moe_peft.manager.folder import AdapterFolder, Identity
-from moe_peft.manager.footprint import Footprint, Twin, digest_of, footprint_of
+from moe_peft.manager.footprint import Footprint, Room, Twin, digest_of, num_bytes_of, tensors_of
 from moe_peft.model.llama import LlamaForCausalLM
 
 
@@ -23,7 +23,6 @@ class Resident:
     """
 
     def __init__(self, model: LlamaForCausalLM, name: str) -> None:
-        self.num_bytes = footprint_of(model, name).num_bytes
         self.saved = digest_of(model, name)  # of what the folder was given, or gave
         self.users: list[int] = []  # threads
 
@@ -44,7 +43,7 @@ class Residents:
         self._budget = budget
         self._tokenizer = tokenizer
         self._twin = Twin(model)
-        self._on_disk: dict[str, tuple[Identity | None, str, Footprint]] = {}
+        self._on_disk: dict[str, tuple[Identity | None, Method, Footprint]] = {}
         self._found: dict[str, Resident] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -66,73 +65,83 @@ class Residents:
         self._found[name] = self._found.pop(name)
         return self._found[name]
 
-    def need_of(self, config: Method) -> int:
-        """Bytes of a new adapter.
+    def config(self, name: str) -> Method:
+        """Settings of an adapter in memory, or in the folder."""
+        if self.get(name) is not None:
+            own: Method = self._model.adapter_config(name)
+            return own
+        return self.on_disk(name)[0]
+
+    def on_disk(self, name: str) -> tuple[Method, Footprint]:
+        """Settings and size of an adapter in the folder.
 
         Raises:
-            ValueError: when the config does not fit the model.
-        """
-        return self._twin.footprint(config, self._tokenizer).num_bytes
-
-    def need(self, name: str) -> int:
-        """Bytes of an adapter in memory, or in the folder."""
-        resident = self.get(name)
-        return self.on_disk(name)[1].num_bytes if resident is None else resident.num_bytes
-
-    def on_disk(self, name: str) -> tuple[str, Footprint]:
-        """Method and size of an adapter in the folder.
-
-        Raises:
-            ValueError: when there is none that can be read.
+            ValueError: when there is none that can be read, or that fits the base.
         """
         identity = self._folder.identity(name)
         if name not in self._on_disk or self._on_disk[name][0] != identity:
             config = self._folder.config(name)
-            self._on_disk[name] = identity, method_of(config), self._twin.footprint(config, self._tokenizer)
+            num_values_in(self._folder.path / name)  # refuses damaged weights
+            self._on_disk[name] = identity, config, self._twin.footprint(config, self._tokenizer)
         return self._on_disk[name][1:]
 
-    def check_size(self, needs: Mapping[str, int]) -> None:
+    def check_fits(self, config: Method) -> None:
+        """Refuses settings that do not fit the model.
+
+        Raises:
+            ValueError: saying why.
+        """
+        self._twin.footprint(config, self._tokenizer)
+
+    def _room(self, needs: Mapping[str, Method], beside: Collection[str]) -> Room:
+        """For residents, and those of other adapters that are not in memory."""
+        incoming = {name: config for name, config in needs.items() if self.get(name) is None}
+        return Room(self._model, self._twin, beside, incoming, self._tokenizer)
+
+    def _num_bytes(self, needs: Mapping[str, Method]) -> int:
+        """Of adapters together, in memory or not."""
+        present = [name for name in needs if self.get(name) is not None]
+        return self._room(needs, present).num_bytes(present)
+
+    def check_size(self, needs: Mapping[str, Method]) -> None:
         """Refuses adapters that never fit together.
 
         Args:
-            needs: their bytes by name.
+            needs: their settings by name.
 
         Raises:
             ValueError: naming budget and bytes.
         """
-        needed = sum(needs.values())
-        if self._budget is not None and needed > self._budget:
+        if self._budget is None or all(self.get(name) is not None for name in needs):
+            return
+        needed = self._num_bytes(needs)
+        if needed > self._budget:
             what = f"adapter {next(iter(needs))!r} takes" if len(needs) == 1 else f"{', '.join(needs)} together take"
             raise ValueError(f"memory_budget={self._budget} is too small: {what} {needed} bytes in memory")
 
-    def make_room(self, needs: Mapping[str, int], spared: str | None) -> bool:
+    def make_room(self, needs: Mapping[str, Method], spared: str | None) -> bool:
         """Have others leave memory, as few as it takes; none where even all that are not in use would not do.
 
         Args:
-            needs: the bytes by name of adapters that are to be in memory together.
+            needs: the settings by name of adapters that are to be in memory together.
             spared: leaves last.
         """
         if self._budget is None or all(self.get(name) is not None for name in needs):
             return True
-        sizes, in_use = {}, 0
-        for name in self:
-            if name not in needs:
-                resident = self._found[name]
-                resident.num_bytes = sizes[name] = footprint_of(self._model, name).num_bytes  # training may enlarge it
-                in_use += sizes[name] if resident.users else 0
-        room = self._budget - sum(needs.values())
-        if in_use > room:
+        left = list(self)
+        room = self._room(needs, left)
+        staying = [name for name in left if name in needs or self._found[name].users]
+        if room.num_bytes(staying) > self._budget:
             return False
-        idle = [name for name in sizes if not self._found[name].users]
-        taken = sum(sizes.values())
+        idle = [name for name in left if name not in staying]
         for name in sorted(idle, key=lambda name: name == spared):
-            if taken <= room:
+            if room.num_bytes(left) <= self._budget:
                 break
-            taken -= sizes[name]
+            left.remove(name)
             self.evict(name)
         return True
 
-    def refuse_to_wait(self, needs: Mapping[str, int]) -> None:
+    def refuse_to_wait(self, needs: Mapping[str, Method]) -> None:
         """A thread that uses adapters waits for no others: two such threads could wait for each other for ever.
 
         Raises:
@@ -140,9 +149,9 @@ class Residents:
         """
         own = self.used_here()
         if own:
-            used = sum(resident.num_bytes for resident in self._found.values() if resident.users)
+            used = num_bytes_of(tensors_of(self._model, name) for name in self if self._found[name].users)
             raise ValueError(
-                f"memory_budget={self._budget} leaves no room for {', '.join(needs)} ({sum(needs.values())} bytes) "
+                f"memory_budget={self._budget} leaves no room for {', '.join(needs)} ({self._num_bytes(needs)} bytes) "
                 f"beside the adapters in use ({used} bytes), some of them by this very thread ({', '.join(own)}): "
                 f"name all at once, as in using({', '.join(map(repr, [*own, *needs]))})"
             )

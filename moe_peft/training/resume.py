@@ -91,11 +91,11 @@ def find_earlier_run(config: TrainConfig, resume: bool, warn: Callable[[str], No
             "give output_dir another name, or remove the folder"
         )
     earlier = TrainConfig.from_file(folder / CONFIG_FILE)
-    differences = list(_differences(config.to_dict(), earlier.to_dict()))
-    if differences:
+    changes = list(differences(config.to_dict(), earlier.to_dict()))
+    if changes:
         raise ValueError(
             f"output_dir={config.output_dir!r} holds the run of another config, which differs in "
-            f"{'; '.join(differences)}: give output_dir another name, or the run its own config, {folder / CONFIG_FILE}"
+            f"{'; '.join(changes)}: give output_dir another name, or the run its own config, {folder / CONFIG_FILE}"
         )
     checkpoints = Checkpoints(folder)
     checkpoint = checkpoints.newest_intact(warn)
@@ -113,8 +113,8 @@ def _check_format(checkpoint: Checkpoint) -> None:
         raise ValueError(f"{checkpoint.path} has the format {show(found)}; this version reads {FORMAT}")
 
 
-def _differences(given: Mapping[str, Any], earlier: Mapping[str, Any]) -> Iterator[str]:
-    """Which keys differ, each with both values."""
+def differences(given: Mapping[str, Any], earlier: Mapping[str, Any]) -> Iterator[str]:
+    """Which keys of two configs differ in what may come out, each with both values."""
     for key in (key for key in given if key not in (*NEUTRAL_KEYS, "adapters")):
         # "auto" has become what the run chose, and "cuda" has become "cuda:0".
         is_chosen = key in CHOSEN_KEYS and given[key] in ("auto", earlier[key].removesuffix(":0"))

@@ -1,7 +1,10 @@
 """A folder of adapters on one base: who is in memory, what is saved, what is refused."""
 
 import datetime
+import re
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +12,10 @@ from builders import fuse, random_run, randomize, tiny_model
 from managed import SIZES, answer, bytes_of, loaded, manager_of
 from torch import Tensor
 
-from moe_peft import AdapterManager, LoraConfig, MixLoraConfig, load_adapter
+from moe_peft import AdapterManager, LoraConfig, MixLoraConfig, VeraConfig, load_adapter
+from moe_peft.adapters import METHODS
 from moe_peft.manager.folder import AdapterFolder
-from moe_peft.manager.footprint import digest_of, footprint_of
+from moe_peft.manager.footprint import digest_of, footprint_of, tensors_of
 
 
 def test_what_leaves_memory_is_the_least_recently_used(folder: Path) -> None:
@@ -57,9 +61,47 @@ def test_outputs_are_those_of_a_model_that_holds_all(folder: Path, truth: dict[s
 def test_the_size_in_memory_is_known_before_loading(folder: Path) -> None:
     manager = manager_of(folder)
     for name, rank in SIZES.items():
-        assert manager._residents.need(name) == bytes_of(rank)
+        assert manager._residents.on_disk(name)[1].num_bytes == bytes_of(rank)
         manager.load(name)
         assert footprint_of(manager.model, name).num_bytes == bytes_of(rank)
+
+
+def test_what_adapters_share_counts_once(tmp_path: Path) -> None:
+    """VeRA's pair, [R, 38] and [38, R], beside vectors on every projection of two layers: float32, by hand."""
+    rank = 64
+    pair, own = 4 * 2 * rank * 38, 4 * 2 * sum(out + rank for out in (24, 12, 12, 24, 38, 38, 24))
+    manager = AdapterManager(tiny_model(), tmp_path, memory_budget=pair + 3 * own)
+    for name in "abcd":
+        manager.add(name, VeraConfig(r=rank))
+    assert loaded(manager) == "bcd"
+    with manager.using("a", "b", "c"):
+        assert loaded(manager) == "abc"
+    with manager.using("d"):
+        manager.load("a")
+        no_room = rf"\({pair + 3 * own} bytes\) beside the adapters in use \({pair + own} bytes\)"
+        with pytest.raises(ValueError, match=no_room), manager.using("a", "b", "c"):
+            pass
+    manager.add("e", VeraConfig(r=rank, projection_prng_key=1))  # with a pair of its own
+    assert loaded(manager) == "e"
+    assert footprint_of(manager.model, "e").num_bytes == pair + own
+    with pytest.raises(ValueError, match=rf"a, e together take {2 * (pair + own)} bytes"), manager.using("a", "e"):
+        pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path: Path, method: str) -> None:
+    manager = manager_of(tmp_path)
+    with torch.inference_mode():
+        manager.add("x", METHODS[method]())
+        assert not any(tensor.is_inference() for tensor in tensors_of(manager.model, "x").values())
+    manager.unload("x")
+    with torch.inference_mode(), manager.using("x") as model:
+        assert not any(tensor.is_inference() for tensor in tensors_of(model, "x").values())
+        answer(model, "x")
+    batch = fuse(random_run("x", [5, 3], seed=7), with_labels=False)
+    (output,) = manager.model(batch)
+    output.logits.sum().backward()
+    assert any(weight.grad is not None for weight in manager.model.adapter_parameters("x"))
 
 
 @pytest.mark.parametrize("by", ["state", "data", "optimizer"])
@@ -166,12 +208,12 @@ def test_deleting(folder: Path) -> None:
         pass
 
 
-BAD_BUDGETS = [0, -1, True]
+BAD_BUDGETS = [0, -1, True, float("nan"), float("inf"), 1.5, "64MB"]
 
 
 @pytest.mark.parametrize("budget", BAD_BUDGETS)
-def test_bad_budgets(tmp_path: Path, budget: int) -> None:
-    with pytest.raises(ValueError, match=f"memory_budget={budget} must be at least 1 byte, or None"):
+def test_bad_budgets(tmp_path: Path, budget: Any) -> None:
+    with pytest.raises(ValueError, match=f"memory_budget={budget!r} must be at least 1 byte, or None"):
         AdapterManager(tiny_model(), tmp_path, memory_budget=budget)
 
 
@@ -226,6 +268,31 @@ def test_unknown_names(folder: Path) -> None:
         AdapterManager(tiny_model(), folder / "notes").load("a")
 
 
+@pytest.mark.parametrize("name", [None, 5, ["a"], b"a"])
+@pytest.mark.parametrize("action", ["load", "save", "switch", "unload", "delete", "using"])
+def test_what_is_no_name_at_all(folder: Path, action: str, name: Any) -> None:
+    manager = manager_of(folder)
+    manager.load("a")
+    if name is None and action in ("save", "switch"):
+        return  # all of them, and none
+    with ExitStack() as stack, pytest.raises(ValueError, match=re.escape(f"name={name!r} must be 1 to 100 letters")):
+        if action == "using":
+            stack.enter_context(manager.using(name))
+        else:
+            getattr(manager, action)(name)
+    assert manager.model.adapter_names == ["a"]
+
+
+def test_a_manager_needs_a_model_and_a_seed(folder: Path) -> None:
+    with pytest.raises(ValueError, match="model=None must be a loaded base model"):
+        AdapterManager(None, folder)  # type: ignore[arg-type]
+    manager = manager_of(folder)
+    for seed in (float("nan"), None, "x", -1, 2**70):
+        with pytest.raises(ValueError, match=f"seed={seed!r} must be"):
+            manager.add("e", LoraConfig(), seed=seed)  # type: ignore[arg-type]
+    assert sorted(path.name for path in folder.iterdir()) == list("abcd")
+
+
 def test_what_does_not_fit_is_not_added(folder: Path) -> None:
     manager = manager_of(folder)
     with pytest.raises(ValueError, match=r"lr=0\.1 is a setting of training, but there is no data"):
@@ -251,6 +318,31 @@ def test_foreign_folders(tmp_path: Path, file: str, message: str) -> None:
         AdapterManager(tiny_model(), tmp_path / file)
 
 
+def test_damaged_adapters_are_left_out_and_named(folder: Path) -> None:
+    """The others are listed and used; a damaged one is refused by itself, and deleted."""
+    manager = manager_of(folder, ranks=6)
+    manager.add("high", LoraConfig(r=1, layers_to_transform=[1]))
+    config = folder / "high" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"layers_to_transform": [\n    1', '"layers_to_transform": [\n    7'))
+    manager.unload("high")
+    (folder / "b" / "adapter_config.json").write_text("{")
+    weights = folder / "c" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    (folder / "d" / "adapter_model.safetensors").unlink()
+    fresh = manager_of(folder, ranks=6)
+    assert [info.name for info in fresh.list()] == ["a"]
+    reasons = {"b": "not valid JSON", "c": "truncated or corrupted", "d": "has no adapter_model", "high": "7"}
+    assert fresh.foreign().keys() == reasons.keys()
+    assert fresh.folder.foreign() == {name: fresh.foreign()[name] for name in "bcd"}  # the files alone fit no base
+    for name, reason in reasons.items():
+        assert reason in fresh.foreign()[name]
+        with pytest.raises(ValueError, match=reason):
+            fresh.load(name)
+        fresh.delete(name)
+    fresh.load("a")
+    assert (loaded(fresh), fresh.foreign()) == ("a", {})
+
+
 def test_what_is_no_adapter_is_ignored_and_named(folder: Path) -> None:
     (folder / "notes.txt").write_text("")
     (folder / "empty").mkdir()
@@ -258,8 +350,13 @@ def test_what_is_no_adapter_is_ignored_and_named(folder: Path) -> None:
     (folder / ".a.0123.partial").mkdir()  # what a killed process was writing
     manager = manager_of(folder)
     assert [info.name for info in manager.list()] == list("abcd")
-    assert manager.folder.foreign() == {
-        "notes.txt": "it is a file",
-        "empty": "it has no adapter_config.json",
-        "my adapter": "an adapter's name is 1 to 100 letters, digits, _ or -",
-    }
+    assert (folder / ".a.0123.partial").exists()  # another process may be writing it still
+    assert (
+        manager.folder.foreign()
+        == manager.foreign()
+        == {
+            "notes.txt": "it is a file",
+            "empty": "it has no adapter_config.json",
+            "my adapter": "an adapter's name is 1 to 100 letters, digits, _ or -",
+        }
+    )

@@ -12,6 +12,7 @@ from tiny_run import adapter_entry, instructions, make_base_folder, run_config, 
 
 from moe_peft import (
     AdapterManager,
+    AdaptiveLoraConfig,
     LlamaForCausalLM,
     LoraConfig,
     MixLoraConfig,
@@ -23,6 +24,7 @@ from moe_peft.generation import generate
 from moe_peft.manager.folder import TRAINING
 from moe_peft.training.errors import UnfinishedError
 from moe_peft.training.folder.run_folder import RunFolder
+from moe_peft.training.folder.run_lock import RunLock
 from moe_peft.training.fused_run import FusedRun
 
 
@@ -68,7 +70,7 @@ def test_generations_from_many_threads_while_adapters_come_and_go(manager: Adapt
     assert len(set(expected.values())) > 2
     for name in names:
         manager.unload(name)
-    size = manager._residents.need("a")
+    size = manager._residents.on_disk("a")[1].num_bytes
     small = AdapterManager(manager.model, manager.folder.path, memory_budget=2 * size, tokenizer=manager.tokenizer)
     found: list[tuple[str, str]] = []
 
@@ -176,12 +178,143 @@ def test_an_interrupted_training_goes_on(
     assert not (manager.folder.path / TRAINING).exists()
 
 
+def interrupt_at(step: int) -> Any:
+    """A ``take_step`` that ends before that one."""
+    take_step = FusedRun.take_step
+
+    def interrupted(self: FusedRun, micro_batches: Any) -> Any:
+        if self.fused_step == step:
+            raise KeyboardInterrupt
+        return take_step(self, micro_batches)
+
+    return interrupted
+
+
 def test_a_training_that_fails_adds_nothing(base: Path, manager: AdapterManager) -> None:
-    manager.model.lm_head_.weight.data.fill_(torch.nan)
+    """Nor does it keep its name from being trained otherwise."""
+    head = manager.model.lm_head_.weight
+    values = head.data.clone()
+    head.data.fill_(torch.nan)
     with pytest.raises(UnfinishedError, match="adapter 'qa': failed"):
         manager.add("qa", LoraConfig(r=2), instructions(6), **settings(base))
     assert manager.list() == []
     assert manager.model.adapter_names == []
+    assert not (manager.folder.path / TRAINING).exists()
+    head.data.copy_(values)
+    assert manager.add("qa", LoraConfig(r=2), instructions(6), **settings(base, lr=1e-3)).state == "done"
+
+
+@pytest.mark.parametrize("by", ["settings", "data"])
+def test_an_interrupted_training_goes_on_as_it_was_or_is_deleted(
+    base: Path, manager: AdapterManager, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedRun, "take_step", interrupt_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            manager.add("qa", LoraConfig(r=2), instructions(6), save_steps=1, **settings(base))
+    if by == "settings":
+        data, changes = instructions(6), settings(base, lr=1e-3)
+        message = r"adapter 'qa' has an interrupted training of other settings, lr=0\.001 \(the run has 0\.01\)"
+    else:
+        data, changes = instructions(7), settings(base)
+        message = "adapter 'qa' has an interrupted training, which cannot go on: its data, .* has changed"
+    way_out = r": add it as it was to go on, or delete\('qa'\) to begin anew"
+    with pytest.raises(ValueError, match=message + ".*" + way_out) as refusal:
+        manager.add("qa", LoraConfig(r=2), data, save_steps=1, **changes)
+    assert "output_dir" not in str(refusal.value)
+    with RunLock(manager.folder.workplace("qa") / "run"):  # as another process holds it
+        for action in (lambda: manager.delete("qa"), lambda: manager.add("qa", LoraConfig(r=2), data, **changes)):
+            with pytest.raises(ValueError, match="adapter 'qa' is being trained by process"):
+                action()
+    manager.delete("qa")
+    assert not (manager.folder.path / TRAINING).exists()
+    assert manager.add("qa", LoraConfig(r=2), data, **changes).state == "done"
+    with pytest.raises(ValueError, match=r"name='\.\.' must be 1 to 100 letters"):
+        manager.delete("..")
+
+
+def test_what_stops_before_its_first_checkpoint_keeps_no_name(
+    base: Path, manager: AdapterManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedRun, "take_step", interrupt_at(0))
+        patch.setattr(
+            "moe_peft.manager.manager.can_go_on", lambda place: True
+        )  # as if it were killed: nobody tidies up
+        with pytest.raises(KeyboardInterrupt):
+            manager.add("qa", LoraConfig(r=2), instructions(6), **settings(base))
+    assert (manager.folder.workplace("qa") / "run" / "config.yaml").is_file()
+    manager.add("qa", LoraConfig(r=2), instructions(6), **settings(base, lr=1e-3))
+    assert "qa" in manager.folder
+
+
+def test_an_adapter_that_grows_over_the_budget_waits_for_a_larger_one(
+    base: Path, manager: AdapterManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins with rank 1 and ends with rank 4."""
+    config = AdaptiveLoraConfig(r=1, max_rank=4, grow_every=1, grow_share=1.0)
+    arguments = {"name": "qa", "config": config, "data": instructions(6), **settings(base)}
+    measured = AdapterManager(manager.model, manager.folder.path / "twin", tokenizer=manager.tokenizer)
+    measured.add(**arguments)
+    grown = measured._residents.on_disk("qa")[1].num_bytes
+    expected = weights_of(measured.folder.path / "qa")
+    folder = manager.folder.path / "own"
+    small = AdapterManager(manager.model, folder, memory_budget=grown - 1, tokenizer=manager.tokenizer)
+    for _ in range(2):  # once trained, and once found trained
+        with pytest.raises(
+            ValueError,
+            match=rf"memory_budget={grown - 1} is too small: adapter 'qa' takes {grown} .* trained\. It lies in",
+        ):
+            small.add(**arguments)
+        assert small.list() == []
+    large = AdapterManager(manager.model, folder, memory_budget=grown, tokenizer=manager.tokenizer)
+    monkeypatch.setattr(FusedRun, "take_step", lambda *_: pytest.fail("it is trained already"))
+    assert large.add(**arguments).saved_to == folder / "qa"
+    large.load("qa")
+    for key, tensor in weights_of(folder / "qa").items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_a_training_leaves_torch_its_threads(
+    base: Path, manager: AdapterManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, within = torch.get_num_threads(), []
+    take_step = FusedRun.take_step
+    monkeypatch.setattr(
+        FusedRun, "take_step", lambda self, parts: (within.append(torch.get_num_threads()), take_step(self, parts))[1]
+    )
+    with torch.inference_mode():  # which a training does not inherit
+        manager.add("qa", LoraConfig(r=2), instructions(6), num_threads=before + 1, **settings(base))
+    assert set(within) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+def test_generations_side_by_side_on_a_model_that_was_in_training_mode(manager: AdapterManager, tmp_path: Path) -> None:
+    """The one that began first ends first, and leaves the other's model in evaluation mode."""
+    model = AdapterManager(manager.model.train(), tmp_path / "own", tokenizer=manager.tokenizer).model
+    second_runs, first_has_ended = threading.Event(), threading.Event()
+    modes: list[bool] = []
+
+    def second() -> None:
+        def look(_index: int, _piece: str) -> None:
+            second_runs.set()
+            assert first_has_ended.wait(30)
+            modes.append(model.training)
+
+        generate(model, manager.tokenizer, ["Repeat 3: "], max_new_tokens=8, on_text=look)
+
+    thread = threading.Thread(target=second, daemon=True)
+
+    def first_piece(_index: int, _piece: str) -> None:
+        if not thread.is_alive():
+            thread.start()
+        assert second_runs.wait(30)
+
+    generate(model, manager.tokenizer, ["Repeat 4: "], max_new_tokens=8, on_text=first_piece)
+    first_has_ended.set()
+    thread.join(30)
+    assert modes
+    assert not any(modes)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +323,8 @@ def test_a_training_that_fails_adds_nothing(base: Path, manager: AdapterManager)
         ({"learning_rate": 1.0}, "learning_rate=1.0 is not a known key"),
         ({"max_step": 1}, "max_step=1 is not a known key; did you mean 'max_steps'"),
         ({"lr": -1.0}, "lr=-1.0 must be above 0"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be in 0"),
         ({"max_batch_tokens": 0}, "max_batch_tokens=0 must be at least 1"),
         ({"template": "nowhere.yaml"}, "nowhere.yaml"),
         ({"data": []}, "data.jsonl"),
@@ -205,6 +340,7 @@ def test_bad_settings(base: Path, manager: AdapterManager, changes: dict[str, An
         manager.add(**arguments)
     assert [info.name for info in manager.list()] == ["a"]
     assert manager.model.adapter_names == ["a"]
+    assert not (manager.folder.path / TRAINING).exists()
 
 
 def test_training_needs_a_tokenizer_and_an_idle_thread(base: Path, manager: AdapterManager, tmp_path: Path) -> None:
