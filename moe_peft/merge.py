@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from moe_peft.command import EXIT_CODES, CommandParser, run_command
-from moe_peft.command.model import find_named_sources, tell_loading
+from moe_peft.command.model import check_not_empty, find_named_sources, tell_loading
 from moe_peft.io.adapter_files import load_adapter
-from moe_peft.io.atomic import check_free
 from moe_peft.io.base_model import load_base_model, stored_dtype
-from moe_peft.io.hf_export import DEFAULT_SHARD_SIZE, HfExport, parse_size
+from moe_peft.io.hf_export import DEFAULT_SHARD_SIZE, HfExport, check_output, parse_size
 from moe_peft.io.placement import parse_dtype
 from moe_peft.io.smollm2 import SMOLLM2_NAME
 from moe_peft.strict import nearest
@@ -59,12 +58,13 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], object]:
     """Loads the base model and the adapter, and checks that one fits into the other; returns the writing itself."""
     if arguments.output is None:
         raise ValueError("--output is missing: give the folder to be written")
+    check_not_empty("--output", arguments.output)
     output = Path(arguments.output).expanduser()
-    check_free(output)
     parse_size(arguments.max_shard_size)
     wanted = parse_dtype(arguments.dtype)
     named = find_named_sources(arguments.base, arguments.run, arguments.adapter, None)
     name = _chosen(arguments.use, named.folders)
+    check_output(output, named.base)
     stored = stored_dtype(named.base)
     tell_loading(named.base)
     # Wide enough for both: the sum is to be rounded, not what goes into it.

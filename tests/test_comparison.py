@@ -296,6 +296,40 @@ def test_a_context_leaves_room_for_virtual_tokens() -> None:
         compare_methods(shape_of(), [config], context=45)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [PromptTuningConfig(num_virtual_tokens=63), METHODS["prefix_tuning"](num_virtual_tokens=300)],
+    ids=["one too many", "far too many"],
+)
+def test_more_virtual_tokens_than_the_base_is_made_for(config: Any) -> None:
+    message = rf"x: {config.num_virtual_tokens} virtual tokens leave a sample no two of the 64"
+    with pytest.raises(ValueError, match=message):
+        compare_methods(shape_of(), {"y": LoraConfig(), "x": config}, context=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": None}, "methods=None must be a list of methods"),
+        ({"methods": 5}, "methods=5 must be a list of methods"),
+        ({"methods": LoraConfig}, "methods=<class .* must be a list of methods"),
+        ({"methods": []}, "methods must hold at least one method"),
+        ({"methods": {}}, "methods must hold at least one method"),
+        ({"methods": iter(())}, "must hold at least one method"),
+        ({"methods": [None]}, "None is not the config of a method"),
+        ({"context": "x"}, "context='x' must be int, not str"),
+        ({"context": None}, "context=None must be int"),
+        ({"context": float("nan")}, "context=nan must be int"),
+        ({"context": 8.5}, "context=8.5 must be int"),
+        ({"base": None}, "the base model None must be a folder"),
+        ({"base": 5}, "the base model 5 must be a folder"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_methods(**{"base": shape_of(), "methods": ["lora"], "context": 8, **changes})
+
+
 def test_a_base_without_a_tokenizer_can_be_compared(base: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(base / name)

@@ -8,6 +8,7 @@ Letters: I input features, O output features, R rank of the result, N adapters.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from moe_peft import strict
 from moe_peft.adapters.lora import PROJECTIONS, LoraConfig, target_linears
-from moe_peft.model.draws import generator_for
+from moe_peft.model.draws import checked_seed, generator_for
 from moe_peft.model.linear import Linear
 from moe_peft.model.merging import adapted_linears, place_outside_of_projections
 
@@ -72,6 +73,11 @@ class _Update:
         """What the product is multiplied with in all."""
         return self.weight * self.scaling
 
+    @property
+    def max_rank(self) -> int:
+        """Of any change of this projection."""
+        return min(self.lora_a.shape[1], self.lora_b.shape[0])
+
 
 def combine_adapters(
     model: "LlamaForCausalLM",
@@ -99,14 +105,19 @@ def combine_adapters(
         combination_type: one of ``COMBINATION_TYPES``.
         density: share of the values that stay, in (0, 1]; for all types but ``linear``, ``cat`` and ``svd``.
         majority_sign_method: ``total`` (of the values) or ``frequency`` (of the signs); for the ``ties`` types.
-        svd_rank: rank of the result, for the ``svd`` types; None: the largest of the ranks combined.
+        svd_rank: rank of the result, for the ``svd`` types, at most the largest projection's; None: the largest of the
+            ranks combined.
         seed: of the values that the ``dare`` types drop, and of the new adapter's dropout.
 
     Raises:
         ValueError: on an unknown, unfit or merged adapter, a taken name, ranks that differ where A and B are combined
-            for themselves, or a setting outside its rule. Nothing is attached then.
+            for themselves, a setting outside its rule, or values that are not finite, before or behind. Nothing is
+            attached then.
     """
-    _check_settings(names, weights, combination_type, density, majority_sign_method, svd_rank)
+    seed = checked_seed(seed)
+    _check_names(names)
+    weights = _checked_weights(weights, names)
+    _check_settings(combination_type, density, majority_sign_method, svd_rank)
     for one in names:
         _check_adapter(model, one)
     found = _updates(model, names, weights)
@@ -121,16 +132,18 @@ def combine_adapters(
 
     results: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     for (layer_idx, projection), updates in found.items():
+        check = partial(_check_finite, f"layer {layer_idx}'s {projection}", weights)
         if combination_type in ("cat", "svd"):
             pair = _concatenated(updates)
             if combination_type == "svd":
-                pair = _truncated_product(*pair, rank)
+                pair = _truncated_product(*pair, rank, check)
         elif combination_type.endswith(_SVD):
             deltas = [update.scaling * update.lora_b @ update.lora_a for update in updates]
             key = (layer_idx, projection, *(update.source for update in updates))
-            pair = _truncated(mix(deltas, [update.weight for update in updates], (*key, "delta")), rank)
+            pair = _truncated(mix(deltas, [update.weight for update in updates], (*key, "delta")), rank, check)
         else:
             pair = _mixed_factors(updates, mix, layer_idx, projection)
+        check(*pair)
         results[layer_idx, projection] = pair
     model.add_adapter(name, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), seed=seed)
     with torch.no_grad():
@@ -138,23 +151,29 @@ def combine_adapters(
             _fill(linear, name, results.get((layer_idx, projection)))
 
 
-def _check_settings(
-    names: Sequence[str],
-    weights: Sequence[float],
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: str,
-    svd_rank: int | None,
-) -> None:
-    if isinstance(names, str) or not names:
-        raise ValueError(f"names={names!r} must be a list of at least one adapter")
+def _check_names(names: Sequence[str]) -> None:
+    # A set has no order in which the weights could follow.
+    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or not names:
+        raise ValueError(f"names={strict.show(names)} must be a list of at least one adapter")
+    for i, one in enumerate(names):
+        strict.coerce(one, str, f"names[{i}]")
     if len(set(names)) < len(names):
         raise ValueError(f"names={list(names)} has an adapter twice: add up its weights instead")
+
+
+def _checked_weights(weights: Sequence[float], names: Sequence[str]) -> list[float]:
+    if isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence):
+        raise ValueError(f"weights={strict.show(weights)} must be a list of numbers, one for each name")
     if len(weights) != len(names):
         raise ValueError(f"weights has {len(weights)} entries for {len(names)} names: give one each")
-    wrong = next((weight for weight in weights if not math.isfinite(weight)), None)
-    if wrong is not None:
-        raise ValueError(f"weights={list(weights)} must be finite numbers")
+    return [strict.coerce(weight, float, f"weights[{i}]") for i, weight in enumerate(weights)]
+
+
+def _check_settings(
+    combination_type: str, density: float | None, majority_sign_method: str, svd_rank: int | None
+) -> None:
+    density = strict.coerce(density, float | None, "density")
+    svd_rank = strict.coerce(svd_rank, int | None, "svd_rank")
     if combination_type not in COMBINATION_TYPES:
         close = strict.did_you_mean(combination_type, COMBINATION_TYPES)
         raise ValueError(f"combination_type={combination_type!r} must be one of {', '.join(COMBINATION_TYPES)}{close}")
@@ -189,7 +208,7 @@ def _check_adapter(model: "LlamaForCausalLM", name: str) -> None:
         )
     for path, linear in adapted_linears(model, name):
         adapter = linear.loras_[name]
-        if adapter.changes_input_ or adapter.changes_output_ or adapter.low_rank() is None:
+        if adapter.changes_input_ or adapter.changes_output_:
             raise ValueError(
                 f"adapter {name!r} cannot be combined: what {method} does at {path} is more than a low-rank product"
             )
@@ -204,8 +223,14 @@ def _updates(
     for layer_idx, projection, linear in target_linears(model, PROJECTIONS):
         for name, weight in zip(names, weights, strict=True):
             adapter = linear.loras_.get(name)
-            if adapter is not None:
-                lora_a, lora_b = (factor.detach() for factor in adapter.low_rank())
+            pair = None if adapter is None else adapter.low_rank()
+            if pair is not None:  # None, too, where all of an adapter's ranks are pruned
+                lora_a, lora_b = (factor.detach() for factor in pair)
+                if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
+                    raise ValueError(
+                        f"adapter {name!r} cannot be combined: its weights at layer {layer_idx}'s {projection} are not "
+                        "finite"
+                    )
                 update = _Update(name, lora_a, lora_b, weight, adapter.scaling_)
                 found.setdefault((layer_idx, projection), []).append(update)
     return found
@@ -221,6 +246,9 @@ def _new_rank(
     if combination_type == "cat":
         return sum(ranks.values())
     if combination_type.endswith("svd"):
+        most = max((update.max_rank for updates in found.values() for update in updates), default=0)
+        if svd_rank is not None and svd_rank > most:
+            raise ValueError(f"svd_rank={svd_rank} must be at most {most}: no change of these projections has more")
         return svd_rank or max(ranks.values())
     for updates in found.values():
         if len({update.lora_a.shape[0] for update in updates}) > 1:
@@ -229,6 +257,14 @@ def _new_rank(
                 f"{', '.join(f'{name}: {rank}' for name, rank in ranks.items())}: use cat, svd or a type with _svd"
             )
     return max(ranks.values())
+
+
+def _check_finite(place: str, weights: Sequence[float], *values: Tensor) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise ValueError(
+            f"weights={strict.show(list(weights))} are too large for {values[0].dtype}: values at {place} would not be "
+            "finite"
+        )
 
 
 def _concatenated(updates: Sequence[_Update]) -> tuple[Tensor, Tensor]:
@@ -288,16 +324,19 @@ def kept_at_random(values: Tensor, density: float, key: tuple[object, ...]) -> T
     return (draws < density).to(values)
 
 
-def _truncated_product(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated_product(
+    lora_a: Tensor, lora_b: Tensor, rank: int, check: Callable[[Tensor], None]
+) -> tuple[Tensor, Tensor]:
     """The nearest product of a smaller rank, without the ``[O, I]`` product itself."""
     q_a, r_a = torch.linalg.qr(lora_a.T)
     q_b, r_b = torch.linalg.qr(lora_b)
-    small_a, small_b = _truncated(r_b @ r_a.T, rank)
+    small_a, small_b = _truncated(r_b @ r_a.T, rank, check)
     return small_a @ q_a.T, q_b @ small_b
 
 
-def _truncated(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated(delta: Tensor, rank: int, check: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
     """The nearest factors of a rank (Eckart and Young), with the singular values on B's side."""
+    check(delta)  # of what is not finite there is no decomposition
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     return vh[:rank], u[:, :rank] * s[:rank]
 

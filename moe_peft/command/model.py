@@ -73,6 +73,9 @@ def find_named_sources(base: str | None, run: str | None, adapters: Sequence[str
         FileNotFoundError: when a folder named is not there.
         ValueError: when it is there, but is not what it should be, or a name is taken twice.
     """
+    options = {"--base": base, "--run": run, "--dtype": dtype}
+    for option, value in (*options.items(), *(("--adapter", adapter) for adapter in adapters)):
+        check_not_empty(option, value)
     folder = Path(run) if run is not None else None
     config = TrainConfig.from_file(_run_config(folder)) if folder is not None else None
     folders = _run_adapters(folder) if folder is not None else {}
@@ -89,6 +92,16 @@ def find_named_sources(base: str | None, run: str | None, adapters: Sequence[str
         folders=folders,
         templates={job.name: job.template for job in jobs},
     )
+
+
+def check_not_empty(option: str, value: str | None) -> None:
+    """Refuses an option given without a value, such as an empty variable of a shell: it would mean the current folder.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if value is not None and not value.strip():
+        raise ValueError(f"{option} {value!r} must not be empty: give it a value, or leave it out")
 
 
 def load_named_model(arguments: argparse.Namespace) -> LoadedModel:
@@ -134,6 +147,7 @@ def _run_adapters(run: Path) -> dict[str, Path]:
 def _split_name(argument: str) -> tuple[str, Path]:
     name, equals, folder = argument.partition("=")
     if equals and ADAPTER_NAME.fullmatch(name) and not Path(argument).exists():
+        check_not_empty(f"--adapter {argument}", folder)
         path = Path(folder)
     else:
         path = Path(argument)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,10 @@ def compare_methods(
 
     Raises:
         FileNotFoundError: when the base model is not there.
-        ValueError: when it is none; on an unknown method, two rows of one name, a config that does not fit this base,
-            and a context that is longer than it allows.
+        ValueError: when it is none; on no or an unknown method, two rows of one name, a config that does not fit this
+            base, and a context that is longer than it allows.
     """
-    named = _named(methods)
+    named, context = _named(methods), strict.coerce(context, int, "context")
     if isinstance(base, LlamaForCausalLM):
         shape = BaseModelShape(base.config_, base.dtype, base.device)
     else:
@@ -160,11 +160,13 @@ def _shown(value: object) -> str:
 def _named(methods: Mapping[str, Method] | Sequence[Method | str]) -> dict[str, Method]:
     if isinstance(methods, (str, Method)):
         raise ValueError(f"methods={strict.show(methods)} must be a list of methods: put it in brackets")
+    if not isinstance(methods, Iterable):
+        raise ValueError(f"methods={strict.show(methods)} must be a list of methods, or configs by their rows' names")
+    named: dict[str, Method] = {}
     if isinstance(methods, Mapping):
         for config in methods.values():
             method_of(config)
-        return dict(methods)
-    named: dict[str, Method] = {}
+        named, methods = dict(methods), ()
     for given in methods:
         if isinstance(given, str):
             check_method(given)
@@ -173,11 +175,18 @@ def _named(methods: Mapping[str, Method] | Sequence[Method | str]) -> dict[str, 
         if name in named:
             raise ValueError(f"methods has {name!r} twice")
         named[name] = config
+    if not named:
+        raise ValueError("methods must hold at least one method")
     return named
 
 
 def _check_context(context: int, named: Mapping[str, Method], limit: int | None) -> None:
-    virtual = max((config.context_tokens for config in named.values()), default=0)
+    widest = max(named, key=lambda name: named[name].context_tokens)
+    virtual = named[widest].context_tokens
+    if limit is not None and virtual > limit - 2:
+        raise ValueError(
+            f"{widest}: {virtual} virtual tokens leave a sample no two of the {limit} for which the base model is made"
+        )
     most = None if limit is None else limit - virtual
     if context < 2 or (most is not None and context > most):
         places = f" less the {virtual} virtual tokens of a method" if virtual else ""

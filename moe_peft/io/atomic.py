@@ -1,14 +1,16 @@
 """Writing files and folders so that a crash leaves the old one or the new one, never half of one."""
 
 import ctypes
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
+_OS_ERROR = re.compile(r"(?:os error|code:) (\d+)")  # as Rust writes it, by version
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -48,11 +51,23 @@ def save_safetensors_atomically(
     Args:
         tensors: on any device, strided or views; no two may overlap in memory.
         metadata: strings for the file's header.
+
+    Raises:
+        OSError: when it cannot be written, say on a full disk.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace_file(Path(path), lambda partial: save_file(plain, partial, metadata=dict(metadata) if metadata else None))
+    try:
+        _replace_file(
+            Path(path), lambda partial: save_file(plain, partial, metadata=dict(metadata) if metadata else None)
+        )
+    except SafetensorError as error:  # its word for every failure, with the system's number inside
+        code = _OS_ERROR.search(str(error))
+        if code is None:
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
@@ -133,8 +148,28 @@ def check_free(path: str | Path) -> None:
 
     Raises:
         FileExistsError: it is a file, or a folder with something in it.
+        NotADirectoryError: it would lie below a file.
+        ValueError: the system lets nobody make it: its name is too long, or its place takes no new folders.
     """
-    _refuse_occupied(Path(os.path.realpath(path)), replace=False)
+    target = Path(os.path.realpath(path))
+    try:
+        _refuse_occupied(target, replace=False)
+        around = next(parent for parent in target.parents if parent.exists())
+        if not around.is_dir():
+            raise NotADirectoryError(f"{around} is a file: it cannot hold the folder {target}")
+        missing = target.relative_to(around).parts
+        for name in missing:
+            with suppress(FileNotFoundError):
+                (around / name).lstat()  # refuses one that is too long
+        probe = _beside(around / missing[0])
+        probe.mkdir()  # what permissions alone do not tell: /proc and the like
+        probe.rmdir()
+    except (FileExistsError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ValueError(f"the folder {target} cannot be made: {error.strerror}") from error
 
 
 def _refuse_occupied(target: Path, replace: bool) -> None:
@@ -164,7 +199,8 @@ def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def _beside(target: Path) -> Path:
     """A hidden name that nobody else uses, in the same folder so that a rename stays on one file system."""
-    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.partial")
+    start = os.fsencode(target.name)[:100].decode(errors="ignore")  # names are limited in bytes
+    return target.with_name(f".{start}.{secrets.token_hex(6)}.partial")
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -1,6 +1,7 @@
 """A Hugging Face model folder written from a model here, an adapter merged into its weights on the way."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +13,20 @@ from torch import Tensor
 
 from moe_peft.data.tokenizer import load_tokenizer
 from moe_peft.data.tokenizer_files import tokenizer_files
-from moe_peft.io.atomic import atomic_folder, write_text_atomically
+from moe_peft.io.adapter_files import CONFIG_FILE
+from moe_peft.io.atomic import atomic_folder, check_free, write_text_atomically
 from moe_peft.io.base_model import without_memory
 from moe_peft.io.hf_config import llama_config_from_dict
 from moe_peft.io.hf_config_fields import architecture, dtype_name, hf_config_fields, normalized
 from moe_peft.io.json_file import read_json_object
+from moe_peft.io.placement import AUTO, parse_dtype
 from moe_peft.io.safetensors_stream import TensorPlan, write_safetensors
 from moe_peft.io.source import resolve_source
 from moe_peft.model.config import LlamaConfig
 from moe_peft.model.linear import Linear
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.model.merging import check_mergeable, merged_base
+from moe_peft.strict import show
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -52,7 +56,7 @@ def save_merged_model(
     *,
     source: str | Path | None = None,
     with_tokenizer: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
 ) -> None:
     """Write the model with an adapter merged into it as a folder for ``transformers``, vLLM and ``load_base_model``.
@@ -65,14 +69,16 @@ def save_merged_model(
         folder: made; it must not exist, or be empty. A crash leaves nothing.
         source: what the model was loaded from, whose tokenizer and generation settings come along; None: neither.
         with_tokenizer: whether the source's tokenizer does.
-        dtype: of the written weights, rounded once from the sum; None: the model's.
+        dtype: of the written weights, a torch dtype or its name, rounded once from the sum; None: the model's.
         max_shard_size: of a weights file, such as ``5GB`` or a number of bytes.
 
     Raises:
         FileExistsError: the folder exists and holds something.
         ValueError: on an adapter that cannot be merged, or cannot run now; a model that no Hugging Face model type
-            describes; a tokenizer that cannot be written; or a bad ``max_shard_size``.
+            describes; a tokenizer that cannot be written; a bad ``dtype`` or ``max_shard_size``; or a folder that
+            nobody could make, or inside an adapter's or the source's.
     """
+    check_output(folder, source)
     export = HfExport(
         model, name, source=source, with_tokenizer=with_tokenizer, dtype=dtype, max_shard_size=max_shard_size
     )
@@ -89,14 +95,15 @@ class HfExport:
         *,
         source: str | Path | None = None,
         with_tokenizer: bool = True,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     ) -> None:
-        if name:
+        if name != "":
             model.check_runnable(name)
             if model.merged_adapter is None:
                 check_mergeable(model, name)
-        self._model, self._name, self._dtype = model, name, dtype or model.dtype
+        self._model, self._name = model, name
+        self._dtype = parse_dtype(AUTO if dtype is None else dtype) or model.dtype
         self._shards = _shards(model, self._dtype, parse_size(max_shard_size))
         self._texts, self._files = _companions(model.config_, self._dtype, source, with_tokenizer)
         self.num_files = len(self._shards)
@@ -133,19 +140,39 @@ class HfExport:
                 write_text_atomically(partial / file_name, text)
 
 
+def check_output(folder: str | Path, source: str | Path | None) -> None:
+    """Refuse a folder that could not be made, or that would make an adapter's or the source's one of another kind.
+
+    Raises:
+        FileExistsError: it is a file, or holds something.
+        NotADirectoryError: it would lie below a file.
+        ValueError: nobody could make it, or it lies inside such a folder.
+    """
+    check_free(folder)
+    target = Path(os.path.realpath(folder))
+    base = None if source is None else Path(os.path.realpath(Path(source).expanduser()))
+    for parent in target.parents:
+        if (parent / CONFIG_FILE).is_file():
+            raise ValueError(f"the folder {folder} must not lie inside an adapter's, which {parent} is")
+        if parent == base:
+            raise ValueError(f"the folder {folder} must not lie inside the base model's, which {parent} is")
+
+
 def parse_size(size: str | int) -> int:
     """Bytes, from their number or such as ``5GB``, ``500MB`` and ``2GiB``.
 
     Raises:
-        ValueError: when it is no size above 0.
+        ValueError: when it is no size above 0, or none that a file can have.
     """
     match = _SIZE.fullmatch(str(size).strip())
-    number = 0
+    number = 0.0
     if match is not None:
-        number = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()])
-    if number < 1:
-        raise ValueError(f"max_shard_size={size!r} must be a number of bytes above 0, such as 5GB or 500MB")
-    return number
+        number = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()]
+    if not 1 <= number < 2**63:
+        raise ValueError(
+            f"max_shard_size={show(size)} must be a number of bytes above 0 and below 2**63, such as 5GB or 500MB"
+        )
+    return int(number)
 
 
 def _companions(

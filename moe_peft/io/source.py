@@ -1,10 +1,11 @@
 """What a user may name as a base model, made into a path."""
 
+import os
 from pathlib import Path
 
 from moe_peft.io.hub import hub_folder, looks_like_hub_id
 from moe_peft.io.smollm2 import SMOLLM2_NAME, smollm2_file
-from moe_peft.strict import did_you_mean
+from moe_peft.strict import did_you_mean, show
 
 BUILT_IN_MODELS = (SMOLLM2_NAME,)
 
@@ -23,8 +24,8 @@ def resolve_source(source: str | Path, *, allow_download: bool = True) -> Path:
     """
     if source in BUILT_IN_MODELS:
         return smollm2_file(allow_download=allow_download)
-    if not str(source).strip():
-        raise ValueError(f"the base model {str(source)!r} must be a folder, a .gguf file, a hub id or {SMOLLM2_NAME}")
+    if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
+        raise ValueError(f"the base model {show(source)} must be a folder, a .gguf file, a hub id or {SMOLLM2_NAME}")
     path = Path(source).expanduser()
     if path.is_dir():
         return _checked_folder(path)

@@ -5,8 +5,22 @@ import hashlib
 import torch
 from torch import Tensor
 
+from moe_peft import strict
+
 _CPU = torch.device("cpu")
 _CPU_CHUNK = 1 << 16  # numbers drawn at once: 256 KB
+
+
+def checked_seed(seed: object) -> int:
+    """A seed, as a config file would take it.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    number: int = strict.coerce(seed, int, "seed")
+    if not 0 <= number < 2**63:
+        raise ValueError(f"seed={strict.show(seed)} must be in 0..2**63-1")
+    return number
 
 
 def generator_for(*key: object, device: torch.device = _CPU) -> torch.Generator:

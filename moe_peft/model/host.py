@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe_peft import strict
 from moe_peft.model.batch import ADAPTER_NAME, parse_expert_name
+from moe_peft.model.draws import checked_seed
 from moe_peft.model.linear import AdapterDict
 from moe_peft.model.merging import Merge, merge, unmerge
 
@@ -34,11 +36,12 @@ class AdapterHost(nn.Module):
             tokenizer: of the base; only methods that start from a text ask for it.
 
         Raises:
-            ValueError: on a bad or taken name, a config that does not fit this model, or while an adapter is merged.
-                Nothing is attached then.
+            ValueError: on a bad or taken name, a bad seed, a config that does not fit this model, or while an adapter
+                is merged. Nothing is attached then.
         """
-        if not ADAPTER_NAME.fullmatch(name):
-            raise ValueError(f"adapter name {name!r} must consist of letters, digits, '_' and '-'")
+        seed = checked_seed(seed)
+        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+            raise ValueError(f"adapter name {strict.show(name)} must consist of letters, digits, '_' and '-'")
         if name in self.adapters_:
             raise ValueError(f"adapter name {name!r} is taken already; remove_adapter frees it")
         if self.merged_ is not None:
@@ -47,7 +50,8 @@ class AdapterHost(nn.Module):
                 f"unmerge_adapter({self.merged_.name!r}) first"
             )
         try:
-            config.attach(self, name, seed, tokenizer)
+            with torch.inference_mode(False):  # whose tensors could never be trained
+                config.attach(self, name, seed, tokenizer)
         except BaseException:
             self._detach(name)
             raise
@@ -138,7 +142,7 @@ class AdapterHost(nn.Module):
         Raises:
             ValueError: when there is none of that name; the message names the nearest.
         """
-        if name not in self.adapters_:
+        if not isinstance(name, str) or name not in self.adapters_:
             hint = strict.nearest(name, self.adapters_) or "; none is attached"
             raise ValueError(f"adapter {name!r} is not attached to this model{hint}")
         return self.adapters_[name]

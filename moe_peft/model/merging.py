@@ -99,7 +99,7 @@ def check_mergeable(model: "AdapterHost", name: str) -> None:
     Raises:
         ValueError: naming the adapter, and what of it no weight can equal.
     """
-    if parse_expert_name(name):
+    if isinstance(name, str) and parse_expert_name(name):
         raise ValueError(f"{name!r} cannot be merged: it is one expert, which acts within its mixture alone")
     config = model.adapter_config(name)
     if config.has_router:

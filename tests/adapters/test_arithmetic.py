@@ -6,7 +6,7 @@ import torch
 from builders import Run, add_random_adapter, assert_close, fuse, random_samples, tiny_model
 from hf_twin import hf_model, twin_of
 
-from moe_peft import LlamaConfig, LoraConfig, MixLoraConfig, combine_adapters, load_adapter, save_adapter
+from moe_peft import AdaLoraConfig, LlamaConfig, LoraConfig, MixLoraConfig, combine_adapters, load_adapter, save_adapter
 from moe_peft.adapters import METHODS, arithmetic
 from moe_peft.adapters.arithmetic import COMBINATION_TYPES, kept_at_random
 from moe_peft.adapters.lora import PROJECTIONS
@@ -73,6 +73,8 @@ def our_deltas(model, name):
     for path, module in model.named_modules():
         if isinstance(module, Linear) and name in module.loras_:
             lora = module.loras_[name]
+            if lora.low_rank() is None:
+                continue
             lora_a, lora_b = (factor.detach().double() for factor in lora.low_rank())
             found[path] = lora.scaling_ * lora_b @ lora_a
     return found
@@ -205,10 +207,10 @@ def test_svd_is_exact_at_full_rank_and_nearest_below_it():
     model = tiny_model(dtype=torch.float64)
     add_random_adapter(model, "a", LoraConfig(r=2), seed=1)
     add_random_adapter(model, "b", LoraConfig(r=3), seed=2)
-    combine_adapters(model, ["a", "b"], [1.0, 0.5], "whole", svd_rank=40)
+    combine_adapters(model, ["a", "b"], [1.0, 0.5], "whole", svd_rank=24)
     combine_adapters(model, ["a", "b"], [1.0, 0.5], "cut")
     combine_adapters(model, ["b"], [1.0], "one", svd_rank=1)
-    assert [model.adapter_config(name).r for name in ("whole", "cut", "one")] == [40, 3, 1]
+    assert [model.adapter_config(name).r for name in ("whole", "cut", "one")] == [24, 3, 1]
     a, b = our_deltas(model, "a"), our_deltas(model, "b")
     deltas = {name: our_deltas(model, name) for name in ("whole", "cut", "one")}
     for path in a:
@@ -234,6 +236,32 @@ def test_every_low_rank_method_takes_part_and_every_other_is_refused(method):
         return
     new, a, b = (our_deltas(model, name) for name in ("new", "a", "b"))
     assert_same_deltas(new, {path: 0.5 * a.get(path, 0) + b[path] for path in b})
+
+
+def test_a_projection_without_any_rank_left_adds_nothing(tmp_path):
+    """A pruned AdaLoRA, saved and loaded; alone it gives what it has elsewhere, and with no rank at all it is named."""
+    model = tiny_model()
+    add_random_adapter(model, "full", AdaLoraConfig(init_r=3, target_r=2), seed=1)
+    add_random_adapter(model, "b", LoraConfig(r=3, target_modules=["q_proj", "k_proj"]), seed=2)
+    for name, marks in {"a": ("0.self_attn.q_proj", "1.mlp.down_proj"), "none": ("",)}.items():
+        for key, mask in model.adapter_buffers("full").items():
+            if any(mark in key for mark in marks):
+                mask.fill_(False)
+                model.adapter_state("full")[key.replace("rank_mask", "lora_E")].zero_()
+        save_adapter(model, "full", tmp_path / name)
+        load_adapter(model, tmp_path / name)
+    for names, weights in ((["a", "b"], [0.5, 1.0]), (["a"], [0.5])):
+        for kind in ("cat", "svd"):
+            combine_adapters(model, names, weights, "new", combination_type=kind, svd_rank=9 if kind == "svd" else None)
+            new, a, b = (our_deltas(model, name) for name in ("new", "a", "b"))
+            assert len(a) == len(new) - 2
+            parts = {path: [0.5 * a[path]] if path in a else [] for path in new}
+            for path in b if "b" in names else ():
+                parts[path].append(b[path])
+            assert_same_deltas(new, {path: sum(own, torch.zeros_like(new[path])) for path, own in parts.items()})
+            model.remove_adapter("new")
+    with pytest.raises(ValueError, match=r"names=\['none'\]: none of these adapters changes a projection"):
+        combine_adapters(model, ["none"], [1.0], "new", combination_type="cat")
 
 
 def test_the_result_is_a_lora_like_any_other(tmp_path):
@@ -263,7 +291,16 @@ def test_the_result_is_a_lora_like_any_other(tmp_path):
             r"adapter 'mix' cannot be combined: MixLoraConfig keeps something in layers\.0\.mlp\.moes_",
         ),
         ({"weights": [1.0]}, "weights has 1 entries for 2 names: give one each"),
-        ({"weights": [1.0, float("nan")]}, r"weights=\[1\.0, nan\] must be finite numbers"),
+        ({"names": {"a", "b"}}, r"names=\{.*\} must be a list"),
+        ({"names": 5}, "names=5 must be a list"),
+        ({"names": [["a"], "b"]}, r"names\[0\]=\['a'\] must be str, not list"),
+        ({"weights": [1.0, float("nan")]}, r"weights\[1\]=nan must be a finite number"),
+        ({"weights": ["1", 1.0]}, r"weights\[0\]='1' must be float, not str"),
+        ({"weights": [1.0, None]}, r"weights\[1\]=None must be float, not null"),
+        ({"weights": None}, "weights=None must be a list of numbers"),
+        ({"weights": 1.0}, "weights=1.0 must be a list of numbers"),
+        ({"name": None}, "adapter name None must consist of letters"),
+        ({"seed": "x"}, "seed='x' must be int, not str"),
         ({"name": "a"}, "adapter name 'a' is taken already"),
         ({"combination_type": "liner"}, r"combination_type='liner' must be one of .*; did you mean 'linear'\?"),
         ({"combination_type": "linear"}, "needs adapters of one rank, but theirs are a: 2, b: 3"),
@@ -275,6 +312,14 @@ def test_the_result_is_a_lora_like_any_other(tmp_path):
         ({"majority_sign_method": "frequency"}, "majority_sign_method='frequency' has no meaning for"),
         ({"combination_type": "cat", "svd_rank": 2}, "svd_rank=2 has no meaning for combination_type='cat'"),
         ({"svd_rank": 0}, "svd_rank=0 must be at least 1"),
+        ({"svd_rank": 1.5}, r"svd_rank=1\.5 must be int \| null, not float"),
+        ({"svd_rank": True}, r"svd_rank=True must be int \| null, not bool"),
+        ({"svd_rank": float("nan")}, r"svd_rank=nan must be int \| null"),
+        ({"svd_rank": 10**12}, "svd_rank=1000000000000 must be at most 24"),
+        ({"combination_type": "ties_svd", "density": "x"}, r"density='x' must be float \| null"),
+        ({"weights": [1e300, 2.0]}, r"weights=\[1e\+300, 2\.0\] are too large for torch\.float32: values at layer 0's"),
+        ({"weights": [1e300, 1e300], "combination_type": "cat"}, "are too large for torch.float32"),
+        ({"weights": [1e300, 1e300], "combination_type": "ties_svd", "density": 0.5}, "are too large for torch.float"),
     ],
 )
 def test_mistakes_are_named_and_attach_nothing(changes, message):
@@ -286,6 +331,19 @@ def test_mistakes_are_named_and_attach_nothing(changes, message):
     with pytest.raises(ValueError, match=message):
         combine_adapters(model, **fields)
     assert model.adapter_names == ["a", "b", "mix"]
+
+
+@pytest.mark.parametrize("kind", ["svd", "cat", "linear", "ties_svd"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_not_passed_on(kind, value):
+    model = tiny_model()
+    for seed, name in enumerate("ab"):
+        add_random_adapter(model, name, LoraConfig(r=2), seed=seed)
+    next(reversed(model.adapter_state("b").values()))[0, 0] = value
+    density = {"density": 0.5} if kind.startswith("ties") else {}
+    with pytest.raises(ValueError, match=r"adapter 'b' cannot be combined: its weights at layer .* are not finite"):
+        combine_adapters(model, ["a", "b"], [1.0, 1.0], "new", combination_type=kind, **density)
+    assert model.adapter_names == ["a", "b"]
 
 
 def test_nothing_is_combined_on_a_merged_base():

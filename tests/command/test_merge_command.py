@@ -1,6 +1,7 @@
 """``python -m moe_peft.merge``: what is written, how it is told, how it ends."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,11 @@ def test_without_a_tokenizer(merge) -> None:
         (("--base", "bass", "--adapter", "own"), "did you mean 'base'?"),
         (("--run", "run", "--use", "qa", "--dtype", "int8"), "dtype='int8' must be one of"),
         (("--run", "run", "--use", "qa", "--max-shard-size", "big"), "max_shard_size='big' must be a number of bytes"),
+        (("--run", "run", "--use", "qa", "--max-shard-size", "9" * 400), "above 0 and below 2**63"),
+        (("--base", "", "--adapter", "own"), "--base '' must not be empty"),
+        (("--run", "", "--use", "qa"), "--run '' must not be empty"),
+        (("--base", "base", "--adapter", ""), "--adapter '' must not be empty"),
+        (("--base", "base", "--adapter", "x="), "--adapter x= '' must not be empty"),
         (("--run", "run", "--use", "qa", "--outputt", "x"), "unknown argument '--outputt'; did you mean '--output'?"),
     ],
 )
@@ -144,6 +150,38 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded(
     assert (code, "already exists and is not empty" in err) == (2, True)
     assert main(["--run", "run", "--use", "qa"]) == 2
     assert capsys.readouterr().err == "error: --output is missing: give the folder to be written\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("own/sub", "must not lie inside an adapter's, which "),
+        ("run/adapters/qa/deep/sub", "must not lie inside an adapter's, which "),
+        ("base/sub", "must not lie inside the base model's, which "),
+        ("base/config.json/sub", "config.json is a file: it cannot hold the folder "),
+        ("/proc/x", "the folder /proc/x cannot be made: "),
+        ("x" * 300, "cannot be made: File name too long"),
+        (f"{'x' * 300}/deep", "cannot be made: File name too long"),
+        ("", "--output '' must not be empty"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_an_output_that_cannot_be_is_refused_before_anything_is_loaded(
+    place: Path, output: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("moe_peft.merge.load_base_model", lambda *_, **__: pytest.fail("loaded"))
+    before = sorted(place.rglob("*"))
+    assert main(["--base", "base", "--adapter", "qa=run/adapters/qa", "--output", output]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_the_library_refuses_such_a_folder_too(place: Path) -> None:
+    model = load_base_model(place / "base", device="cpu")
+    for folder in (place / "base" / "sub", place / "own" / "sub"):
+        with pytest.raises(ValueError, match="must not lie inside"):
+            moe_peft.save_merged_model(model, "", folder, source=place / "base")
 
 
 def test_progress_is_shown_on_a_terminal(merge, monkeypatch: pytest.MonkeyPatch) -> None:

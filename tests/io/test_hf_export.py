@@ -215,10 +215,26 @@ def test_sizes(size, expected):
     assert parse_size(size) == expected
 
 
-@pytest.mark.parametrize("size", ["", "big", "5XB", "-1GB", 0, "0GB"])
+@pytest.mark.parametrize("size", ["", "big", "5XB", "-1GB", 0, "0GB", "9" * 400, f"{'9' * 400}GB", 10**400, "9e6TB"])
 def test_what_is_no_size(size):
-    with pytest.raises(ValueError, match=r"max_shard_size=.* must be a number of bytes above 0, such as 5GB"):
+    rule = r"max_shard_size=.* must be a number of bytes above 0 and below 2\*\*63, such as 5GB"
+    with pytest.raises(ValueError, match=rule) as refusal:
         parse_size(size)
+    assert len(str(refusal.value)) < 200
+
+
+def test_a_dtype_is_taken_as_load_base_model_takes_it(tmp_path):
+    model = tiny_model()
+    save_merged_model(model, "", tmp_path / "named", dtype="bf16")
+    save_merged_model(model, "", tmp_path / "own", dtype=torch.bfloat16)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("named", "own")]
+    assert files[0] == files[1]
+    for dtype in (torch.int8, "int8", 5):
+        with pytest.raises(ValueError, match=r"dtype='.*' must be one of auto, float64, float32, bfloat16, float16"):
+            save_merged_model(model, "", tmp_path / "bad", dtype=dtype)
+    with pytest.raises(ValueError, match="adapter None is not attached"):
+        save_merged_model(model, None, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):

@@ -1,5 +1,6 @@
 """Atomic writes: complete, or as if nothing had happened."""
 
+import errno
 import signal
 import stat
 import subprocess
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 from moe_peft.io.atomic import (
     atomic_folder,
+    check_free,
     safetensors_size,
     save_safetensors_atomically,
     write_bytes_atomically,
@@ -88,6 +90,48 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
         save_safetensors_atomically(path, {"a": torch.zeros(2)})
     assert path.read_bytes() == before
     assert names_in(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of POSIX")
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    import resource
+
+    path = tmp_path / "a.safetensors"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match="too large") as refusal:
+            save_safetensors_atomically(path, {"a": torch.ones(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert (refusal.value.errno, refusal.value.filename) == (errno.EFBIG, str(path))
+    assert names_in(tmp_path) == []
+
+
+def test_another_failure_of_safetensors_is_told_in_its_words(tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise safetensors.SafetensorError("something odd")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", failing)
+    with pytest.raises(OSError, match=r"a\.safetensors could not be written: something odd"):
+        save_safetensors_atomically(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+
+
+def test_what_could_not_be_made_is_known_beforehand(tmp_path):
+    (tmp_path / "file").touch()
+    check_free(tmp_path / "new" / "deep")
+    long = "ä" * 120  # 240 bytes, which a name may have
+    check_free(tmp_path / long)
+    with atomic_folder(tmp_path / long):
+        pass
+    with pytest.raises(NotADirectoryError, match="file is a file: it cannot hold the folder"):
+        check_free(tmp_path / "file" / "deep" / "sub")
+    for path in (tmp_path / ("ä" * 130), tmp_path / "new" / ("x" * 256), tmp_path / ("x" * 256) / "deep"):
+        with pytest.raises(ValueError, match="cannot be made: File name too long"):
+            check_free(path)
+    assert names_in(tmp_path) == ["file", long]
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):

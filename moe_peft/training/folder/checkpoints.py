@@ -67,7 +67,7 @@ class Checkpoints:
             for name, tensors in adapters.items():
                 # Clones, as some may be views of one storage, which safetensors refuses.
                 plain = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-                _save_tensors(partial / f"{name}.safetensors", plain)
+                save_safetensors_atomically(partial / f"{name}.safetensors", plain)
             files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
             write_text_atomically(partial / MANIFEST_FILE, json.dumps({"files": files}, indent=1) + "\n")
         for old in self.paths[keep:]:
@@ -99,15 +99,6 @@ class Checkpoints:
             return []
         named = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
         return [path for _, path in sorted(((int(name[1]), path) for name, path in named if name), reverse=True)]
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        save_safetensors_atomically(path, tensors)
-    except SafetensorError as error:  # its word for every failure, a full disk included
-        raise OSError(f"{path.name} could not be written: {error}") from error
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
