@@ -174,6 +174,25 @@ def assert_same_gradients(fused: dict[str, Tensor], solo: dict[str, Tensor], wha
         assert_relative(gradient, solo[key], 1e-5, f"{what}, {key}", floor=1e-3 * total)
 
 
+def assert_nothing_is_shared(model: LlamaForCausalLM, *runs: Run) -> None:
+    """A fused batch is what each run is alone (float32); NaN in the first adapter's weights leaves the others' bits."""
+    outputs, fused = run_step(model, *runs)
+    if model.dtype == torch.float32:
+        for run, output in zip(runs, outputs, strict=True):
+            (alone,), solo = run_step(model, run)
+            assert_same_output(output, alone, run.adapter_name)
+            if run.adapter_name:
+                assert_same_gradients(fused[run.adapter_name], solo[run.adapter_name], run.adapter_name)
+    for weight in model.adapter_state(runs[0].adapter_name).values():
+        weight.fill_(math.nan)
+    poisoned, after = run_step(model, *runs)
+    assert not torch.equal(poisoned[0].logits, outputs[0].logits)
+    for before, now in zip(outputs[1:], poisoned[1:], strict=True):
+        assert torch.equal(before.logits, now.logits)
+        for key, gradient in after.get(now.adapter_name, {}).items():
+            assert torch.equal(gradient, fused[now.adapter_name][key]), key
+
+
 def assert_error_like(
     actual: Tensor, reference: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "", floor: float = 0.0
 ) -> None:

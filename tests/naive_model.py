@@ -7,7 +7,7 @@ It shares no code with the package but the draws of dropout masks and jitter, wh
 from dataclasses import dataclass
 
 import torch
-from builders import IGNORE, Run
+from builders import IGNORE, Run, assert_close, run_step
 from torch import Tensor
 
 from moe_peft import LlamaConfig, LlamaForCausalLM, LoraConfig, MixLoraConfig
@@ -217,3 +217,15 @@ def squared_variation(rows: Tensor) -> Tensor:
     usage = [sum(row[i].exp() / row.exp().sum() for row in rows) / len(rows) for i in range(rows.shape[1])]
     mean = sum(usage) / len(usage)
     return sum((share - mean) ** 2 for share in usage) / len(usage) / mean**2
+
+
+def assert_same_as_naive(model: LlamaForCausalLM, naive: NaiveModel, run: Run) -> None:
+    """Logits, loss and every gradient of one step in float64."""
+    expected = naive(run)
+    expected.loss.backward()
+    (output,), found = run_step(model, run)
+    assert_close(output.logits, expected.logits, 1e-10, "logits")
+    assert_close(output.loss, expected.loss, 1e-10, "loss")
+    for key, gradient in naive.gradients().items():
+        assert gradient.any(), key
+        assert_close(found[run.adapter_name][key], gradient, 1e-10, key)

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from moe_peft import strict
-from moe_peft.adapters.layer_patterns import check_layers, check_layers_pattern
+from moe_peft.adapters.layer_patterns import check_layers, chosen_layers, layers_of_folder
 from moe_peft.adapters.lora import (
     ALL_LINEAR,
     PROJECTIONS,
     check_targets,
+    check_update,
     chosen_projections,
     last_names,
     module_path,
     peft_prefix,
     target_linears,
+    whole,
 )
-from moe_peft.adapters.method import Method, NamedWeight, Updates
+from moe_peft.adapters.method import Method, NamedWeight, Updates, check_size
 from moe_peft.adapters.rank_allocator import FACTORS, AdaLora, RankAllocator
 from moe_peft.model.draws import generator_for
 from moe_peft.model.linear import Linear, wide_dtype
@@ -74,15 +76,14 @@ class AdaLoraConfig(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("init_r", 1), ("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+        for name in ("init_r", "target_r"):
+            check_size(name, getattr(self, name))
+        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.target_r > self.init_r:
             raise ValueError(f"target_r={self.target_r} must be at most init_r={self.init_r}")
-        if not (self.lora_alpha > 0 and math.isfinite(self.lora_alpha)):
-            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        check_update(self.lora_alpha, self.lora_dropout)
         for name in ("beta1", "beta2"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
@@ -97,13 +98,17 @@ class AdaLoraConfig(Method):
             if len(kept) != self.init_r:
                 raise ValueError(f"rank_pattern[{name!r}] has {len(kept)} entries, not init_r={self.init_r}")
         check_targets(self.target_modules)
-        if self.layers_to_transform is not None:
-            check_layers(self._layers)
+        check_layers(self.layers)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The target projections, in the model's order."""
         return chosen_projections(self.target_modules)
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The layers that get the adapter; None: all of them."""
+        return chosen_layers(self.layers_to_transform)
 
     @property
     def scaling(self) -> float:
@@ -112,29 +117,20 @@ class AdaLoraConfig(Method):
 
     def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put a fresh decomposition on every target projection of every layer."""
-        check_layers(self._layers or (0,), len(model.decoder_layers))
-        known = {_pattern_name(layer_idx, projection) for layer_idx, projection, _ in self._adapted(model)}
+        check_layers(self.layers, len(model.decoder_layers))
+        sites = list(target_linears(model, self.targets, self.layers))
+        known = {_pattern_name(layer_idx, projection) for layer_idx, projection, _ in sites}
         for key in self.rank_pattern or {}:
             if key not in known:
                 raise ValueError(f"rank_pattern names {key!r}, which is no target{strict.did_you_mean(key, known)}")
-        for layer_idx, projection, linear in self._adapted(model):
+        for layer_idx, projection, linear in sites:
             linear.loras_[name] = self._new_lora(linear, seed, name, layer_idx, projection)
-
-    @property
-    def _layers(self) -> tuple[int, ...]:
-        chosen = self.layers_to_transform
-        return (chosen,) if isinstance(chosen, int) else chosen or ()
-
-    def _adapted(self, model: "LlamaForCausalLM") -> Iterator[tuple[int, str, Linear]]:
-        for layer_idx, projection, linear in target_linears(model, self.targets):
-            if self.layers_to_transform is None or layer_idx in self._layers:
-                yield layer_idx, projection, linear
 
     def _new_lora(self, linear: Linear, seed: int, name: str, layer_idx: int, projection: str) -> AdaLora:
         """Small random vectors and singular values of zero, as PEFT draws them."""
         generator = generator_for(seed, name, "init", layer_idx, projection)
         base = linear.base_layer_.weight
-        rank = sum(self._pattern(layer_idx, projection))
+        rank = self._rank(layer_idx, projection)
         lora_a = torch.empty(rank, linear.in_features, dtype=wide_dtype(base.dtype)).normal_(
             0, 0.02, generator=generator
         )
@@ -143,10 +139,14 @@ class AdaLoraConfig(Method):
         lora_a, lora_e, lora_b = (factor.to(base.device) for factor in (lora_a, lora_e, lora_b))
         return AdaLora(lora_a, lora_e, lora_b, scaling=self.scaling, dropout=self.lora_dropout, seed=seed)
 
-    def _pattern(self, layer_idx: int, projection: str) -> tuple[bool, ...]:
-        """Which of the ``init_r`` ranks a projection has."""
-        every = (True,) * self.init_r
-        return (self.rank_pattern or {}).get(_pattern_name(layer_idx, projection), every)
+    def _rank(self, layer_idx: int, projection: str) -> int:
+        """How many of the ``init_r`` ranks a projection has."""
+        pattern = self._pattern(layer_idx, projection)
+        return self.init_r if pattern is None else sum(pattern)
+
+    def _pattern(self, layer_idx: int, projection: str) -> tuple[bool, ...] | None:
+        """Which of them; None: all."""
+        return (self.rank_pattern or {}).get(_pattern_name(layer_idx, projection))
 
     def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[NamedWeight]:
         """PEFT's checkpoint names with the parameter that holds each weight."""
@@ -213,9 +213,7 @@ class AdaLoraConfig(Method):
     def on_few_layers(self, num_layers: int) -> "AdaLoraConfig":
         """Every layer with the mean rank of all, a layer that is left out counting as none."""
         ranks = [
-            sum(self._pattern(layer, projection))
-            for layer in self._layers or range(num_layers)
-            for projection in self.targets
+            self._rank(layer, projection) for layer in self.layers or range(num_layers) for projection in self.targets
         ]
         rank = max(1, math.ceil(sum(ranks) / (num_layers * len(self.targets))))
         return dataclasses.replace(
@@ -226,20 +224,16 @@ class AdaLoraConfig(Method):
     def from_peft(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """Without what PEFT inherits from LoRA and AdaLoRA does not look at."""
         own = {key: value for key, value in data.items() if key not in ("r", "init_lora_weights")}
-        layers = own.get("layers_to_transform")
-        if isinstance(layers, list):
-            own["layers_to_transform"] = list(dict.fromkeys(layers)) or None
-        if own.get("layers_to_transform") is not None:
-            check_layers_pattern(own.get("layers_pattern"), module_path(0, PROJECTIONS[0]))
-        return {**own, "target_modules": last_names(own.get("target_modules", ALL_LINEAR))}
+        layers = layers_of_folder(own, module_path(0, PROJECTIONS[0]))
+        targets = last_names(own.get("target_modules", ALL_LINEAR))
+        return {**own, "layers_to_transform": layers, "target_modules": targets}
 
     def to_peft(self, model: "LlamaForCausalLM", name: str) -> dict[str, Any]:
         """With the ranks that are left, and a ``total_step``, which PEFT asks for."""
-        alpha = int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
         trained_for = next((lora.total_step_ for _, _, lora in self._loras(model, name)), None)
         return {
             **dataclasses.asdict(self),
-            "lora_alpha": alpha,
+            "lora_alpha": whole(self.lora_alpha),
             "target_modules": list(self.targets),
             "total_step": self.total_step or trained_for or self.tinit + self.tfinal + _STEPS_OF_NO_RUN,
             "rank_pattern": self._ranks_left(model, name),
@@ -247,12 +241,18 @@ class AdaLoraConfig(Method):
 
     def _ranks_left(self, model: "LlamaForCausalLM", name: str) -> dict[str, list[bool]] | None:
         """``init_r`` booleans of every projection; None where nothing has been pruned."""
+        kept_of = [
+            (layer_idx, projection, lora.kept_ranks()) for layer_idx, projection, lora in self._loras(model, name)
+        ]
+        if all(len(kept) == self.init_r for _, _, kept in kept_of):
+            return None
         found = {}
-        for layer_idx, projection, lora in self._loras(model, name):
-            there = [place for place, is_left in enumerate(self._pattern(layer_idx, projection)) if is_left]
-            kept = {there[rank] for rank in lora.kept_ranks()}
-            found[_pattern_name(layer_idx, projection)] = [place in kept for place in range(self.init_r)]
-        return None if all(all(pattern) for pattern in found.values()) else found
+        for layer_idx, projection, kept in kept_of:
+            pattern = self._pattern(layer_idx, projection)
+            there = [place for place in range(self.init_r) if pattern is None or pattern[place]]
+            left = {there[rank] for rank in kept}
+            found[_pattern_name(layer_idx, projection)] = [place in left for place in range(self.init_r)]
+        return found
 
     def to_saved(self, model: "LlamaForCausalLM", name: str) -> dict[str, Tensor]:
         """The factors without the ranks that are pruned."""
@@ -265,8 +265,18 @@ class AdaLoraConfig(Method):
         return state
 
     def from_saved(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """None of the ranks that were saved is masked."""
+        """None of the ranks that were saved is masked.
+
+        Raises:
+            ValueError: on singular values without a rank, or a mask, which no folder holds.
+        """
+        for key in weights:
+            if key.endswith(_MASK):
+                raise ValueError(f"{key} must not be there: the ranks that are saved are those that are not masked")
         values = {key: value for key, value in weights.items() if key.endswith(".lora_E")}
+        for key, value in values.items():
+            if value.dim() != 2:
+                raise ValueError(f"{key} has shape {list(value.shape)}, but must have [R, 1]")
         masks = {
             f"{key.removesuffix('.lora_E')}{_MASK}": torch.ones(value.shape[0], dtype=torch.bool)
             for key, value in values.items()
@@ -274,7 +284,7 @@ class AdaLoraConfig(Method):
         return {**weights, **masks}
 
     def _loras(self, model: "LlamaForCausalLM", name: str) -> Iterator[tuple[int, str, AdaLora]]:
-        for layer_idx, projection, linear in self._adapted(model):
+        for layer_idx, projection, linear in target_linears(model, self.targets, self.layers):
             yield layer_idx, projection, linear.loras_[name]
 
 

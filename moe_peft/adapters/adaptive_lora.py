@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_peft.adapters.base_inits import alpha_at_rank
 from moe_peft.adapters.layer_patterns import value_at
 from moe_peft.adapters.lora import PLAIN_INITS, LoraConfig, module_path
-from moe_peft.adapters.method import Updates
+from moe_peft.adapters.method import Updates, check_size
 from moe_peft.adapters.rank_growth import GrowingLora, GrowingPair, Growth, LayerGrowth, RankGrowth
 from moe_peft.model.linear import Linear
 
@@ -49,6 +49,7 @@ class AdaptiveLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_size("max_rank", self.largest_rank)
         quotient, rest = divmod(self.largest_rank, self.r)
         if rest or quotient & (quotient - 1) or not quotient:
             raise ValueError(f"max_rank={self.max_rank} must be r={self.r} times a power of two: ranks double")
@@ -138,6 +139,16 @@ class AdaptiveLoraConfig(LoraConfig):
             num_steps=num_steps,
             num_earlier=len(self.growth_history),
         )
+
+    def at_largest(self, num_steps: int) -> "AdaptiveLoraConfig":
+        """Every rank doubled as often as the steps have growths, as if each were of all layers, within ``max_rank``."""
+        num_growths = (num_steps - 1) // self.grow_every  # nothing grows behind the last step
+
+        def grown(rank: int) -> int:
+            return rank << min(num_growths, (self.largest_rank // rank).bit_length() - 1)
+
+        ranks = {key: grown(rank) for key, rank in self.rank_pattern.items()}
+        return dataclasses.replace(self, r=grown(self.r), max_rank=self.largest_rank, rank_pattern=ranks)
 
     def on_few_layers(self, num_layers: int) -> "AdaptiveLoraConfig":
         """As LoRA's with the ranks that it begins with; it does not grow."""

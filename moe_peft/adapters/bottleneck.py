@@ -6,14 +6,14 @@ Letters: n tokens of one adapter, D model, H bottleneck.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moe_peft import ops, strict
-from moe_peft.adapters.method import Method, NamedWeight
+from moe_peft.adapters.activations import ACTIVATIONS
+from moe_peft.adapters.method import Method, NamedWeight, check_size
 from moe_peft.model.batch import Segment
 from moe_peft.model.draws import generator_for
 from moe_peft.model.forward import ForwardBatch
@@ -24,28 +24,6 @@ if TYPE_CHECKING:
 
 # Where an adapter sits in a layer; "pfeiffer" is https://arxiv.org/abs/2005.00247.
 PLACEMENTS = {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",)}
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": nn.functional.elu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
-    "hardswish": nn.functional.hardswish,
-    "leaky_relu": nn.functional.leaky_relu,
-    "linear": _unchanged,
-    "mish": nn.functional.mish,
-    "relu": nn.functional.relu,
-    "relu6": nn.functional.relu6,
-    "selu": nn.functional.selu,
-    "sigmoid": torch.sigmoid,
-    "silu": nn.functional.silu,
-    "softplus": nn.functional.softplus,
-    "tanh": torch.tanh,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +50,7 @@ class BottleneckConfig(Method):
         if self.activation not in ACTIVATIONS:
             close = strict.did_you_mean(self.activation, ACTIVATIONS)
             raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}{close}")
-        if self.bottleneck_size < 1:
-            raise ValueError(f"bottleneck_size={self.bottleneck_size} must be at least 1")
+        check_size("bottleneck_size", self.bottleneck_size)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if self.scaling == 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_peft.adapters.base_inits import ShiftedLora, is_base_init
 from moe_peft.adapters.lora import LoraConfig, peft_prefix
 from moe_peft.adapters.method import NamedWeight
-from moe_peft.model.fixed_weights import OfFixedWeights
+from moe_peft.model.fixed_weights import of_fixed_weights
 from moe_peft.model.linear import Linear
 
 if TYPE_CHECKING:
@@ -105,7 +105,6 @@ class Dora(ShiftedLora):
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=lora_A.dtype).square()
         self.register_buffer("row_squares_", squares, persistent=False)  # ||w_i||^2, [O]
         self.lora_magnitude_vector = nn.Parameter(self.row_norms(weight))
-        self._norms = OfFixedWeights()
 
     @torch.no_grad()
     def row_norms(self, weight: Tensor) -> Tensor:
@@ -125,9 +124,12 @@ class Dora(ShiftedLora):
 
     def behind(self, y: Tensor, base_layer: nn.Linear) -> Tensor:
         """The rows' lengths changed, the bias left out of it."""
-        norms = self._norms.get(lambda: self.row_norms(base_layer.weight))
-        scaled: Tensor = _Stretched.apply(y, self.lora_magnitude_vector / norms - 1, base_layer.bias)
+        scaled: Tensor = _Stretched.apply(y, of_fixed_weights(self._stretch, base_layer), base_layer.bias)
         return scaled
+
+    def _stretch(self, base_layer: nn.Linear) -> Tensor:
+        """What the lengths' ratio is more than one, ``[O]``."""
+        return self.lora_magnitude_vector / self.row_norms(base_layer.weight) - 1
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``W'``, and the bias as it is."""

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from moe_peft import strict
 from moe_peft.adapters.lora import (
     ALL_LINEAR,
     PROJECTIONS,
     LoraConfig,
     check_targets,
+    check_update,
     chosen_projections,
     last_names,
     peft_prefix,
     target_linears,
 )
-from moe_peft.adapters.method import Method, NamedWeight
+from moe_peft.adapters.method import LARGEST_SIZE, Method, NamedWeight
 from moe_peft.model.linear import Linear, LinearAdapter
 
 if TYPE_CHECKING:
@@ -58,16 +60,15 @@ class HierarchicalLoraConfig(Method):
         super().__post_init__()
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"ranks={list(self.ranks)} must be a list of ranks of at least 1")
-        if not (self.lora_alpha > 0 and math.isfinite(self.lora_alpha)):
-            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0")
+        if sum(self.ranks) > LARGEST_SIZE:
+            raise ValueError(f"ranks={strict.show(list(self.ranks))} must come to at most {LARGEST_SIZE} together")
+        check_update(self.lora_alpha, self.lora_dropout)
         if self.alphas is not None and len(self.alphas) != len(self.ranks):
             raise ValueError(f"alphas={list(self.alphas)} must be as many as ranks={list(self.ranks)}")
         if self.alphas is not None and not all(alpha > 0 and math.isfinite(alpha) for alpha in self.alphas):
             raise ValueError(f"alphas={list(self.alphas)} must all be above 0")
         if self.alphas is not None and self.lora_alpha != LoraConfig().lora_alpha:
             raise ValueError(f"lora_alpha={self.lora_alpha} changes nothing beside alphas={list(self.alphas)}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         check_targets(self.target_modules)
         self._check_levels()
 

@@ -21,8 +21,15 @@ from moe_peft.adapters.base_inits import (
     factors_of_base,
     is_base_init,
 )
-from moe_peft.adapters.layer_patterns import check_layers, check_matches, check_pattern, layers_of_folder, value_at
-from moe_peft.adapters.method import Method, NamedWeight
+from moe_peft.adapters.layer_patterns import (
+    check_layers,
+    check_matches,
+    check_pattern,
+    chosen_layers,
+    layers_of_folder,
+    value_at,
+)
+from moe_peft.adapters.method import Method, NamedWeight, check_size
 from moe_peft.model.draws import generator_for
 from moe_peft.model.linear import Linear, Lora, wide_dtype
 
@@ -76,18 +83,13 @@ class LoraConfig(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise ValueError(f"r={self.r} must be at least 1")
-        if not (self.lora_alpha > 0 and math.isfinite(self.lora_alpha)):
-            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        check_size("r", self.r)
+        check_update(self.lora_alpha, self.lora_dropout)
         self._check_init()
         check_targets(self.target_modules)
         check_pattern("rank_pattern", self.rank_pattern, 1)
         check_pattern("alpha_pattern", self.alpha_pattern, 0)
-        if self.layers_to_transform is not None:
-            check_layers(self._layers)
+        check_layers(self.layers)
         for key in self.refused:
             if getattr(self, key) not in (None, {}):
                 value = strict.plain(getattr(self, key))
@@ -112,9 +114,9 @@ class LoraConfig(Method):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
-    def _layers(self) -> tuple[int, ...]:
-        chosen = self.layers_to_transform
-        return (chosen,) if isinstance(chosen, int) else chosen or ()
+    def layers(self) -> tuple[int, ...] | None:
+        """The layers that get the adapter; None: all of them."""
+        return chosen_layers(self.layers_to_transform)
 
     def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put a fresh pair of factors on every target projection of every layer to transform.
@@ -123,7 +125,7 @@ class LoraConfig(Method):
             ValueError: on a layer that the model does not have, a pattern that matches no adapted module, or a rank
                 that a projection is too small for.
         """
-        check_layers(self._layers or (0,), len(model.decoder_layers))
+        check_layers(self.layers, len(model.decoder_layers))
         paths = [module_path(layer_idx, projection) for layer_idx, projection, _ in self.adapted(model)]
         check_matches("rank_pattern", self.rank_pattern, paths)
         check_matches("alpha_pattern", self.alpha_pattern, paths)
@@ -133,9 +135,7 @@ class LoraConfig(Method):
 
     def adapted(self, model: "LlamaForCausalLM") -> Iterator[tuple[int, str, Linear]]:
         """Layer index, projection name and layer of every projection that the adapter is on, in the model's order."""
-        for layer_idx, projection, linear in target_linears(model, self.targets):
-            if self.layers_to_transform is None or layer_idx in self._layers:
-                yield layer_idx, projection, linear
+        return target_linears(model, self.targets, self.layers)
 
     def at(self, layer_idx: int, projection: str) -> "LoraConfig":
         """The settings on one projection: the patterns' rank and alpha in their fields."""
@@ -213,7 +213,7 @@ class LoraConfig(Method):
 
     def on_few_layers(self, num_layers: int) -> "LoraConfig":
         """Every layer with the mean rank of all, a layer that is left out counting as none; nothing is decomposed."""
-        chosen = self._layers or range(num_layers)
+        chosen = self.layers or range(num_layers)
         ranks = {
             projection: max(1, math.ceil(sum(self.at(layer, projection).r for layer in chosen) / num_layers))
             for projection in self.targets
@@ -258,8 +258,8 @@ class LoraConfig(Method):
         saved = self._as_plain(model) if is_base_init(self.init_lora_weights) else self
         own = {
             "bias": "none",
-            "lora_alpha": _whole(saved.lora_alpha),
-            "alpha_pattern": {key: _whole(alpha) for key, alpha in saved.alpha_pattern.items()},
+            "lora_alpha": whole(saved.lora_alpha),
+            "alpha_pattern": {key: whole(alpha) for key, alpha in saved.alpha_pattern.items()},
             "target_modules": list(self.targets),
         }
         return {**dataclasses.asdict(saved), **own}
@@ -286,7 +286,8 @@ class LoraConfig(Method):
         return state
 
 
-def _whole(value: float) -> float:
+def whole(value: float) -> float:
+    """A whole number as such, as PEFT writes it."""
     return int(value) if float(value).is_integer() else value
 
 
@@ -313,9 +314,19 @@ def peft_prefix(layer_idx: int, projection: str) -> str:
     return f"base_model.model.{module_path(layer_idx, projection)}"
 
 
-def target_linears(model: "LlamaForCausalLM", projections: tuple[str, ...]) -> Iterator[tuple[int, str, Linear]]:
-    """Layer index, projection name and layer of every named projection, in the model's order."""
+def target_linears(
+    model: "LlamaForCausalLM", projections: tuple[str, ...], layers: tuple[int, ...] | None = None
+) -> Iterator[tuple[int, str, Linear]]:
+    """Layer index, projection name and layer of every named projection, in the model's order.
+
+    Args:
+        model: the base.
+        projections: their names.
+        layers: those looked at; None: all of them.
+    """
     for layer_idx, layer in enumerate(model.decoder_layers):
+        if layers is not None and layer_idx not in layers:
+            continue
         for projection in projections:
             owner = layer.self_attn if projection in ATTENTION_PROJECTIONS else layer.mlp
             yield layer_idx, projection, getattr(owner, projection)
@@ -326,6 +337,18 @@ def lora_weights(linear: Linear, name: str, prefix: str) -> Iterator[tuple[str, 
     lora = linear.loras_[name]
     for factor in ("lora_A", "lora_B"):
         yield f"{prefix}.{factor}.weight", getattr(lora, factor), None
+
+
+def check_update(lora_alpha: float, lora_dropout: float) -> None:
+    """Refuses a scale or a dropout that a low-rank update cannot have.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not (lora_alpha > 0 and math.isfinite(lora_alpha)):
+        raise ValueError(f"lora_alpha={lora_alpha} must be above 0")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout={lora_dropout} must be in [0, 1)")
 
 
 def check_targets(target_modules: str | tuple[str, ...]) -> None:

@@ -14,6 +14,9 @@ from moe_peft import strict
 if TYPE_CHECKING:
     from moe_peft.model.llama import LlamaForCausalLM
 
+# Of ranks, widths and numbers of tokens: no projection is wider. What is beyond would be allocated before it fails.
+LARGEST_SIZE = 1 << 16
+
 NamedWeight = tuple[str, nn.Parameter, int | None]  # checkpoint name, what holds it, its place there if that is a stack
 
 
@@ -30,13 +33,30 @@ class Updates(Protocol):
         """
 
 
+def check_size(name: str, value: int, most: int = LARGEST_SIZE) -> None:
+    """Refuses a size that no adapter has.
+
+    Args:
+        name: the field's.
+        value: from 1 on.
+        most: the largest.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not 1 <= value <= most:
+        rule = "at least 1" if value < 1 else f"at most {most}"
+        raise ValueError(f"{name}={strict.show(value)} must be {rule}")
+
+
 def resize(weight: nn.Parameter, values: Tensor) -> None:
     """Give a parameter values of another shape and no gradient; the optimizer still knows it: the object stays.
 
     Args:
         weight: the parameter.
-        values: at least as large in every dimension as what stays of the weight; the run fills up the optimizer's state
-            and the copies of earlier weights with zeros.
+        values: those of the weight so far at the beginning of every dimension, new entries behind. Where it is called
+            from ``after_step`` the run puts the same new entries behind the copies of earlier weights, whose effect
+            they must not change either, and zeros behind the optimizer's state.
     """
     dtype = weight.dtype
     weight.grad = None
@@ -73,6 +93,11 @@ class Method(ABC):
         Raises:
             ValueError: when the settings do not fit the model.
         """
+
+    @property
+    def takes_lr_ratio(self) -> bool:
+        """Whether LoRA+ lets any of its weights learn faster: a factor lora_B, or a 1-D weight."""
+        return True
 
     @property
     def context_tokens(self) -> int:
@@ -129,6 +154,14 @@ class Method(ABC):
             ValueError: when the settings do not fit that many steps.
         """
         return None
+
+    def at_largest(self, num_steps: int) -> "Method":
+        """The settings of an adapter that begins as large as this one can become while it trains.
+
+        Args:
+            num_steps: optimizer steps of the whole training.
+        """
+        return self
 
     def on_few_layers(self, num_layers: int) -> "Method":
         """The settings for a trial model of a few layers, any of which is to stand for every layer of the real one.

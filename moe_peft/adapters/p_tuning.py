@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_peft.adapters.method import NamedWeight
-from moe_peft.adapters.virtual_tokens import PROMPT_EMBEDDINGS, Dense, Draws, Embedding, VirtualTokenMethod
+from moe_peft.adapters.method import NamedWeight, check_size
+from moe_peft.adapters.virtual_tokens import (
+    PROMPT_EMBEDDINGS,
+    Dense,
+    Draws,
+    Embedding,
+    VirtualTokenMethod,
+    check_encoder_size,
+)
 from moe_peft.model.draws import dropout_mask
 from moe_peft.model.virtual_tokens import FreeVirtualTokens
 
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from moe_peft.model.llama import LlamaForCausalLM
 
 _NUM_LAYERS = 2  # PEFT's default, which its MLP takes no notice of
+_MOST_LAYERS = 64  # deeper LSTMs learn nothing
 _LSTM_WEIGHT = re.compile(r"lstm_head\.(\d+)\.(\w+)")
 
 
@@ -56,11 +64,9 @@ class PromptEncoderConfig(VirtualTokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size, layers, dropout = self.encoder_hidden_size, self.encoder_num_layers, self.encoder_dropout
-        if size is not None and size < 1:
-            raise ValueError(f"encoder_hidden_size={size} must be at least 1, or null")
-        if layers < 1:
-            raise ValueError(f"encoder_num_layers={layers} must be at least 1")
+        layers, dropout = self.encoder_num_layers, self.encoder_dropout
+        check_encoder_size(self.encoder_hidden_size)
+        check_size("encoder_num_layers", layers, _MOST_LAYERS)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"encoder_dropout={dropout} must be in [0, 1)")
         if self.encoder_reparameterization_type == "MLP" and layers != _NUM_LAYERS:
@@ -70,8 +76,14 @@ class PromptEncoderConfig(VirtualTokenMethod):
         if self.encoder_reparameterization_type == "LSTM" and layers == 1 and dropout:
             raise ValueError(f"encoder_dropout={dropout} is between layers, so it must be 0 for encoder_num_layers=1")
 
+    @property
+    def takes_lr_ratio(self) -> bool:
+        """The encoder's biases do."""
+        return not self.inference_mode
+
     def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put a fresh encoder's virtual tokens before the adapter's samples."""
+        self.check_room(model)
         draws, size = Draws(model, name, seed), model.config_.hidden_size
         table = draws.normal("embedding.weight", self.num_virtual_tokens, size)
         if self.inference_mode:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_peft.adapters.virtual_tokens import PROMPT_EMBEDDINGS, Dense, Draws, Embedding, VirtualTokenMethod
+from moe_peft.adapters.virtual_tokens import (
+    PROMPT_EMBEDDINGS,
+    Dense,
+    Draws,
+    Embedding,
+    VirtualTokenMethod,
+    check_encoder_size,
+)
 from moe_peft.model.linear import AdapterDict
 from moe_peft.model.virtual_tokens import FreeVirtualTokens
 
@@ -42,11 +49,14 @@ class PrefixTuningConfig(VirtualTokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.encoder_hidden_size
-        if size is not None and size < 1:
-            raise ValueError(f"encoder_hidden_size={size} must be at least 1, or null")
-        if size is not None and not self.prefix_projection:
-            raise ValueError(f"encoder_hidden_size={size} is for prefix_projection=true")
+        check_encoder_size(self.encoder_hidden_size)
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError(f"encoder_hidden_size={self.encoder_hidden_size} is for prefix_projection=true")
+
+    @property
+    def takes_lr_ratio(self) -> bool:
+        """The projection's biases do."""
+        return self.prefix_projection
 
     @property
     def inserted_tokens(self) -> int:
@@ -59,6 +69,7 @@ class PrefixTuningConfig(VirtualTokenMethod):
 
     def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put a fresh prefix before the adapter's samples in every layer."""
+        self.check_room(model)
         draws, config = Draws(model, name, seed), model.config_
         size = config.num_kv_heads * config.head_size
         whole = config.num_hidden_layers * 2 * size

@@ -51,6 +51,7 @@ class PromptTuningConfig(VirtualTokenMethod):
 
     def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put fresh virtual tokens before the adapter's samples."""
+        self.check_room(model)
         model.prompts_[name] = FreeVirtualTokens(self._initial(model, Draws(model, name, seed), tokenizer))
 
     def _initial(self, model: "LlamaForCausalLM", draws: Draws, tokenizer: Any) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_peft.adapters.lora import PLAIN_INITS, LoraConfig, peft_prefix
+from moe_peft.adapters.method import check_size
 from moe_peft.adapters.packed_bits import pack_bits, unpack_bits
 from moe_peft.model.linear import Linear, Lora
 
@@ -43,8 +44,7 @@ class QuantizedLoraConfig(LoraConfig):
         super().__post_init__()
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits} must be in 2..8")
-        if self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size} must be at least 1")
+        check_size("group_size", self.group_size)
 
     def new_lora(self, linear: Linear, seed: int, name: str, layer_idx: int, projection: str) -> "QuantizedLora":
         """Factors for one projection as LoRA's, acting quantized."""
@@ -75,9 +75,13 @@ class QuantizedLoraConfig(LoraConfig):
         """The factors, whose quantized values are themselves, to the bit.
 
         Raises:
-            ValueError: when integers and scales do not fit each other or the settings.
+            ValueError: when integers and scales do not fit each other or the settings, or a factor is not quantized.
         """
         found = dict(super().from_saved(weights))
+        for name in found:
+            if name.endswith(_WEIGHT):
+                key = name.removesuffix(_WEIGHT)
+                raise ValueError(f"{name} is not quantized: it must be {key}{_INTEGERS} and {key}{_SCALES}")
         for name in [name for name in found if name.endswith(_INTEGERS)]:
             key = name.removesuffix(_INTEGERS)
             if key + _SCALES in found:
@@ -167,6 +171,7 @@ def quantized(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tenso
     """
     ranks, features = weight.shape
     highest = _highest(bits)
+    group_size = min(group_size, features)  # a group that is wider holds the row alone
     padded = torch.nn.functional.pad(weight.abs(), (0, -features % group_size))
     largest = padded.view(ranks, -1, group_size).amax(dim=2)  # [R, G]
     # Cut, not rounded, at the top: the largest bfloat16 whose product with the largest integer is a float32 still.
@@ -193,7 +198,7 @@ def _highest(bits: int) -> int:
 
 def _spread(scales: Tensor, features: int, group_size: int) -> Tensor:
     """Each entry's scale ``[R, F]``, from each group's ``[R, G]``."""
-    return scales.repeat_interleave(group_size, dim=1)[:, :features]
+    return scales.repeat_interleave(min(group_size, features), dim=1)[:, :features]
 
 
 def _by_rank(factor: str, weight: Tensor) -> Tensor:

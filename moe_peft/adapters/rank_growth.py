@@ -3,6 +3,7 @@
 Letters: I input features, O output features, R rank.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_peft.adapters.method import resize
+from moe_peft.adapters.method import check_size, resize
 from moe_peft.model.linear import Lora
+
+_MOST_STEPS = 1 << 53  # up to there a float64 tells one step from the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +25,24 @@ class Growth:
         step: the optimizer step behind which it was, from 1.
         importance: of each layer: the norms of its adapter's gradients, added up since the growth before.
         ranks: of each layer behind it: the largest of its projections'.
+
+    Raises:
+        ValueError: on what no training gives, or its buffers do not hold.
     """
 
     step: int
     importance: tuple[float, ...]
     ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_size("step", self.step, _MOST_STEPS)
+        most = torch.finfo(torch.float32).max
+        for importance in self.importance:
+            # A training whose gradients overflow has those that are not finite.
+            if importance < 0 or most < importance < math.inf:
+                raise ValueError(f"importance={importance} must be in 0..{most}, which float32 holds")
+        for rank in self.ranks:
+            check_size("ranks", rank)
 
 
 class LayerGrowth(nn.Module):
@@ -101,12 +117,12 @@ class GrowingPair(NamedTuple):
 
 
 class RankGrowth:
-    """Doubles the ranks of the layers with the largest gradients, every so many optimizer steps.
+    """Doubles the ranks of those layers that have room with the largest gradients, every so many optimizer steps.
 
     Args:
         layers: the pairs of each layer's projections; the first of them keeps the layer's growth.
         grow_every: optimizer steps.
-        grow_share: of the layers, at least one of them.
+        grow_share: of all layers, at least one of them; as many grow while so many have room below ``max_rank``.
         max_rank: no rank comes to lie above it.
         num_steps: of the whole training, behind the last of which nothing grows.
         num_earlier: growths of an earlier training.
@@ -149,10 +165,11 @@ class RankGrowth:
 
     def _grow(self, step: int) -> None:
         importances = torch.stack([record.importance_ for record in self._records]).tolist()
-        order = sorted(range(len(self._layers)), key=lambda place: -importances[place])  # stable: the lower of equals
+        room = [[pair for pair in pairs if 2 * pair.lora.rank <= self._max_rank] for pairs in self._layers]
+        open_places = [place for place, pairs in enumerate(room) if pairs]
+        order = sorted(open_places, key=lambda place: -importances[place])  # stable: the lower of equals
         for place in order[: self._num_chosen]:
-            for lora, new_rows in self._layers[place]:
-                if 2 * lora.rank <= self._max_rank:
-                    lora.grow(new_rows(lora.rank))
+            for lora, new_rows in room[place]:
+                lora.grow(new_rows(lora.rank))
         for record, pairs in zip(self._records, self._layers, strict=True):
             record.note(step, max(pair.lora.rank for pair in pairs))

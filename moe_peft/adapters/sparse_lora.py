@@ -74,8 +74,9 @@ class SparseLoraConfig(LoraConfig):
         lora_a, lora_b = self.initial_factors(linear, (), seed, name, layer_idx, projection)
         masks = []
         for factor, weight in zip(_FACTORS, (lora_a, lora_b), strict=True):
-            mask = torch.ones(weight.numel(), dtype=torch.bool, device="cpu")
-            if self.mask_type == "random":
+            # On the meta device sizes alone count.
+            mask = torch.ones(weight.numel(), dtype=torch.bool, device="meta" if weight.is_meta else "cpu")
+            if self.mask_type == "random" and not weight.is_meta:
                 generator = generator_for(seed, name, "init", layer_idx, projection, "mask", factor)
                 count = num_zeros(weight.numel(), self.sparsity)
                 mask[torch.randperm(weight.numel(), generator=generator, device="cpu")[:count]] = False
@@ -136,7 +137,7 @@ class SparseLoraConfig(LoraConfig):
                 has = f"{list(packed.shape)} of {packed.dtype}"
                 raise ValueError(f"{key} is {has}, but a factor of shape {list(factor.shape)} takes {size} bytes")
             mask = unpack_bits(packed, 1)[: factor.numel()].view(factor.shape).bool()
-            if factor[~mask].count_nonzero():
+            if factor.double()[~mask].count_nonzero():  # no narrower type can be both indexed and counted on a CPU
                 raise ValueError(f"{key} masks entries that are not zero in the factor: the two are of different files")
             found[key] = mask
         return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_peft.adapters.layer_patterns import check_layers, layers_of_folder
+from moe_peft.adapters.layer_patterns import check_layers, chosen_layers, layers_of_folder
 from moe_peft.adapters.lora import (
     ALL_LINEAR,
     PROJECTIONS,
@@ -23,7 +23,7 @@ from moe_peft.adapters.lora import (
     peft_prefix,
     target_linears,
 )
-from moe_peft.adapters.method import Method, NamedWeight
+from moe_peft.adapters.method import Method, NamedWeight, check_size
 from moe_peft.model.draws import generator_for
 from moe_peft.model.linear import Linear, LinearAdapter, wide_dtype
 
@@ -63,15 +63,21 @@ class VeraConfig(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise ValueError(f"r={self.r} must be at least 1")
+        check_size("r", self.r)
+        most = torch.finfo(torch.float32).max
+        if abs(self.d_initial) > most:
+            raise ValueError(f"d_initial={self.d_initial} must be in -{most}..{most}, which float32 holds")
+        if self.d_initial == 0 and self.init_weights:
+            raise ValueError(
+                f"d_initial={self.d_initial} must not be 0 with init_weights=true: vera_lambda_b begins at 0, too, and "
+                "neither vector would ever get a gradient"
+            )
         if not 0.0 <= self.vera_dropout < 1.0:
             raise ValueError(f"vera_dropout={self.vera_dropout} must be in [0, 1)")
         if not 0 <= self.projection_prng_key < 2**63:
             raise ValueError(f"projection_prng_key={self.projection_prng_key} must be in 0..2**63-1")
         check_targets(self.target_modules)
-        if self.layers is not None:
-            check_layers(self.layers)
+        check_layers(self.layers)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -81,18 +87,12 @@ class VeraConfig(Method):
     @property
     def layers(self) -> tuple[int, ...] | None:
         """The layers that get the adapter; None: all of them."""
-        chosen = self.layers_to_transform
-        return (chosen,) if isinstance(chosen, int) else chosen
+        return chosen_layers(self.layers_to_transform)
 
     def attach(self, model: "LlamaForCausalLM", name: str, seed: int, tokenizer: Any = None) -> None:
         """Put fresh vectors on every target projection of the layers, beside the shared pair."""
-        if self.layers is not None:
-            check_layers(self.layers, len(model.decoder_layers))
-        sites = [
-            (layer_idx, projection, linear)
-            for layer_idx, projection, linear in target_linears(model, self.targets)
-            if self.layers is None or layer_idx in self.layers
-        ]
+        check_layers(self.layers, len(model.decoder_layers))
+        sites = list(target_linears(model, self.targets, self.layers))
         projections = self._projections(model, [linear for _, _, linear in sites])
         for layer_idx, projection, linear in sites:
             lambda_b, lambda_d = self._initial_vectors(linear, (seed, name, "init", layer_idx, projection))
@@ -124,12 +124,10 @@ class VeraConfig(Method):
 
     def named_weights(self, model: "LlamaForCausalLM", name: str) -> Iterator[NamedWeight]:
         """PEFT's checkpoint names with the two vectors of each projection."""
-        for layer_idx, projection, linear in target_linears(model, self.targets):
-            vera = linear.loras_.get(name)
-            if vera is not None:
-                prefix = peft_prefix(layer_idx, projection)
-                yield f"{prefix}.vera_lambda_b", vera.vera_lambda_b, None
-                yield f"{prefix}.vera_lambda_d", vera.vera_lambda_d, None
+        for layer_idx, projection, linear in target_linears(model, self.targets, self.layers):
+            vera, prefix = linear.loras_[name], peft_prefix(layer_idx, projection)
+            yield f"{prefix}.vera_lambda_b", vera.vera_lambda_b, None
+            yield f"{prefix}.vera_lambda_d", vera.vera_lambda_d, None
 
     def saved_buffers(self, model: "LlamaForCausalLM", name: str) -> Iterator[tuple[str, Tensor]]:
         """The shared pair, with ``save_projection``; it never changes, so no checkpoint of a run needs it."""
@@ -155,7 +153,7 @@ class VeraConfig(Method):
             adapter.projections_ = projections
 
     def _adapters(self, model: "LlamaForCausalLM", name: str) -> "list[Vera]":
-        return [linear.loras_[name] for _, _, linear in target_linears(model, self.targets) if name in linear.loras_]
+        return [linear.loras_[name] for _, _, linear in target_linears(model, self.targets, self.layers)]
 
     def on_few_layers(self, num_layers: int) -> "VeraConfig":
         """Every layer with the mean rank of all, a layer that is left out counting as none."""
@@ -165,9 +163,10 @@ class VeraConfig(Method):
     @classmethod
     def from_peft(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """As PEFT's, whose targets may be dotted suffixes; the vectors are in the folder, however they began."""
-        targets = last_names(data.get("target_modules", ALL_LINEAR))
-        layers = layers_of_folder(data, module_path(0, PROJECTIONS[0]))
-        return {**data, "target_modules": targets, "layers_to_transform": layers, "init_weights": True}
+        own = {key: value for key, value in data.items() if key != "d_initial" or value != 0}
+        targets = last_names(own.get("target_modules", ALL_LINEAR))
+        layers = layers_of_folder(own, module_path(0, PROJECTIONS[0]))
+        return {**own, "target_modules": targets, "layers_to_transform": layers, "init_weights": True}
 
     def to_peft(self, model: "LlamaForCausalLM", name: str) -> dict[str, Any]:
         """With every target by its name, as PEFT writes them."""

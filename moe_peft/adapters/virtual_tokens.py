@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moe_peft.adapters.method import Method, NamedWeight
+from moe_peft.adapters.method import Method, NamedWeight, check_size
 from moe_peft.model.draws import generator_for
 from moe_peft.model.linear import AdapterDict, wide_dtype
 
@@ -39,8 +39,7 @@ class VirtualTokenMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_virtual_tokens < 1:
-            raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens} must be at least 1")
+        check_size("num_virtual_tokens", self.num_virtual_tokens)
 
     @property
     def context_tokens(self) -> int:
@@ -48,9 +47,27 @@ class VirtualTokenMethod(Method):
         return self.num_virtual_tokens
 
     @property
+    def takes_lr_ratio(self) -> bool:
+        """Not the virtual tokens themselves: they are one table."""
+        return False
+
+    @property
     def inserted_tokens(self) -> int:
         """V."""
         return self.num_virtual_tokens
+
+    def check_room(self, model: "LlamaForCausalLM") -> None:
+        """Refuses more virtual tokens than leave a sample its two tokens, without which it can teach nothing.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        limit = model.config_.context_limit
+        if limit is not None and self.num_virtual_tokens > limit - 2:
+            raise ValueError(
+                f"num_virtual_tokens={self.num_virtual_tokens} must be at most {limit - 2} on this base model, which "
+                f"is made for {limit} tokens: a sample takes at least two of them"
+            )
 
     def held_in(self, model: "LlamaForCausalLM") -> AdapterDict:
         """Where in the model the virtual tokens are: a module a name, which gives them when it is called."""
@@ -83,6 +100,19 @@ class VirtualTokenMethod(Method):
     def to_saved(self, model: "LlamaForCausalLM", name: str) -> dict[str, Tensor]:
         """The virtual tokens themselves."""
         return {PROMPT_EMBEDDINGS: self.held_in(model)[name]().detach()}
+
+
+def check_encoder_size(encoder_hidden_size: int | None) -> None:
+    """Refuses a width that no encoder has.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if encoder_hidden_size is None:
+        return
+    if encoder_hidden_size < 1:
+        raise ValueError(f"encoder_hidden_size={encoder_hidden_size} must be at least 1, or null")
+    check_size("encoder_hidden_size", encoder_hidden_size)
 
 
 class Draws:

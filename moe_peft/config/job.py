@@ -190,6 +190,11 @@ class AdapterJob:
     def _check_optimizer(self) -> None:
         require(self, "lr", self.lr > 0, "be above 0")
         require(self, "loraplus_lr_ratio", self.loraplus_lr_ratio >= 1, "be at least 1")
+        if self.loraplus_lr_ratio != 1 and not self.adapter.takes_lr_ratio:
+            raise ValueError(
+                f"loraplus_lr_ratio={self.loraplus_lr_ratio} is for adapters with lora_B factors or 1-D weights: "
+                f"method={self.method!r} with these settings has none"
+            )
         require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "both be in 0..1, 1 excluded")
         require(self, "eps", self.eps > 0, "be above 0")
         require(self, "momentum", 0 <= self.momentum < 1, "be in 0..1, 1 excluded")

@@ -122,7 +122,8 @@ def generate_tokens(
     Args:
         requests: answered in batches of neighbouring requests.
         batch_size: the most requests answered at once; None: all.
-        on_text: called with a request's index and the next piece of its text.
+        on_text: called with a request's index and the next piece of its text. Weights that it changes by hand may act
+            from the next batch on.
 
     Returns:
         One completion a request, in their order.
@@ -138,9 +139,10 @@ def generate_tokens(
         except ValueError as error:
             raise ValueError(f"requests[{i}]: {error}" if len(requests) > 1 else str(error)) from error
     rows = [_Row(i, request, tokenizer, on_text) for i, request in enumerate(requests)]
-    with torch.inference_mode(), _evaluating(model), fixed_weights():
+    with torch.inference_mode(), _evaluating(model):
         for start in range(0, len(rows), batch_size or max(len(rows), 1)):
-            _answer_batch(model, rows[start : start + (batch_size or len(rows))])
+            with fixed_weights():  # one a batch: no more is kept than what its own adapters need
+                _answer_batch(model, rows[start : start + (batch_size or len(rows))])
     return [row.completion() for row in rows]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_peft.adapters import METHODS, Method
+from moe_peft.io.adapter_twin import state_on_meta
 from moe_peft.io.atomic import atomic_folder, safetensors_size, save_safetensors_atomically, write_text_atomically
 from moe_peft.io.json_file import read_json_object
 from moe_peft.io.original_adapter import (
@@ -25,6 +26,9 @@ from moe_peft.strict import build, check_keys, did_you_mean
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _METADATA = {"format": "pt"}
+
+# Two numbers in each element: torch converts none of them.
+_UNREADABLE = {getattr(torch, "float4_e2m1fn_x2", None)}
 
 # What PEFT writes about a folder that changes nothing about its weights' meaning.
 _INFORMATIVE = {
@@ -115,19 +119,25 @@ def load_adapter(
 
     Raises:
         ValueError: on missing, damaged or unsupported files, settings that its method does not have, or weights that do
-            not fit this base. Nothing is attached.
+            not fit this base or are not finite. Nothing is attached.
     """
     path = Path(folder)
     name = path.resolve().name if name is None else name
     config = read_adapter_config(path, settings)
     file = _weights_file(path)
-    weights = read_pickled_weights(file) if file.name == PICKLED_WEIGHTS_FILE else _read_safetensors(file)
-    model.add_adapter(name, config, seed=seed)
-    try:
-        _fill(model, name, weights, file)
-    except BaseException:
-        model.remove_adapter(name)
-        raise
+    with torch.inference_mode(False):  # whose tensors could never be trained
+        weights = read_pickled_weights(file) if file.name == PICKLED_WEIGHTS_FILE else _read_safetensors(file)
+        # Before anything is allocated: a config may ask for far more than the file holds.
+        weights = _checked(weights, config, state_on_meta(model, config), file)
+        model.add_adapter(name, config, seed=seed)
+        try:
+            with torch.no_grad():
+                for key, tensor in model.adapter_state(name).items():
+                    tensor.copy_(weights[key])
+                config.restore_buffers(model, name, weights)
+        except BaseException:
+            model.remove_adapter(name)
+            raise
     return name
 
 
@@ -212,13 +222,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or corrupted: {error}") from error
 
 
-def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], file: Path) -> None:
-    config = model.adapter_config(name)
+def _checked(weights: dict[str, Tensor], config: Method, state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """A file's tensors under the names, and of the shapes, of ``state``."""
+    for key, tensor in weights.items():
+        if tensor.is_complex() or tensor.dtype in _UNREADABLE:
+            raise ValueError(f"{file}: {key} holds {tensor.dtype}, not floating-point weights")
     try:
         weights = config.from_saved(weights)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    state = {**model.adapter_state(name), **dict(config.saved_buffers(model, name))}
     missing, unexpected = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}"
@@ -235,7 +247,6 @@ def _fill(model: LlamaForCausalLM, name: str, weights: dict[str, Tensor], file: 
         if weights[key].is_floating_point() != tensor.is_floating_point():
             kind = "floating-point weights" if tensor.is_floating_point() else f"{tensor.dtype}"
             raise ValueError(f"{file}: {key} holds {weights[key].dtype}, not {kind}")
-    with torch.no_grad():
-        for key, tensor in model.adapter_state(name).items():
-            tensor.copy_(weights[key])
-        config.restore_buffers(model, name, weights)
+        if not weights[key].to(tensor.dtype).isfinite().all():
+            raise ValueError(f"{file}: {key} must be finite, but holds NaN, or numbers beyond {tensor.dtype}")
+    return weights

@@ -5,30 +5,41 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-_scope: ContextVar[object | None] = ContextVar("fixed_weights", default=None)
+import torch
+
+_kept: ContextVar[dict[Any, Any] | None] = ContextVar("fixed_weights", default=None)
 
 
 @contextlib.contextmanager
 def fixed_weights() -> Iterator[None]:
-    """Within it, and in this thread, the weights of the adapters that run stay as they are."""
-    token = _scope.set(object())
+    """Within it, and in this thread, the weights of the adapters that run stay as they are.
+
+    However they change before or behind it, what is computed within it is of the weights that it finds. What was kept
+    is freed at its end.
+    """
+    token = _kept.set({})
     try:
         yield
     finally:
-        _scope.reset(token)
+        _kept.reset(token)
 
 
-class OfFixedWeights:
-    """A value that is computed each time it is asked for, but once within ``fixed_weights``."""
+def of_fixed_weights(compute: Callable[..., Any], *modules: torch.nn.Module) -> Any:
+    """What ``compute(*modules)`` gives: each time it is asked for, but once within ``fixed_weights``.
 
-    def __init__(self) -> None:
-        self._kept: tuple[object, Any] | None = None
+    Where gradients are recorded it is computed, and all that was kept is freed: an optimizer's step may follow.
 
-    def get(self, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives, or gave since the weights are fixed."""
-        scope, kept = _scope.get(), self._kept  # read once: another thread may be within a scope of its own
-        if scope is None:
-            return compute()
-        if kept is None or kept[0] is not scope:
-            self._kept = kept = (scope, compute())
-        return kept[1]
+    Args:
+        compute: a method of what it depends on, which it is known by.
+        modules: what else it depends on.
+    """
+    kept = _kept.get()
+    if kept is None:
+        return compute(*modules)
+    if torch.is_grad_enabled():
+        kept.clear()
+        return compute(*modules)
+    key = compute, modules
+    if key not in kept:
+        kept[key] = compute(*modules)
+    return kept[key]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft import ops
+from moe_peft.model.fixed_weights import of_fixed_weights
 
 if TYPE_CHECKING:
     from moe_peft.model.batch import Segment
@@ -186,7 +187,7 @@ def project(x: ops.Recomputable, layers: Sequence[Linear], batch: "ForwardBatch"
         x = ops.Recomputable(_by_segment(x.value, befores, batch))
     ranges = []
     for segment, own in zip(batch.segments, owners, strict=True):
-        pairs = tuple(None if one is None else one.low_rank() for one in own)
+        pairs = tuple(None if one is None else _pair_of(one) for one in own)
         first = next((one for one, pair in zip(own, pairs, strict=True) if one is not None and pair is not None), None)
         if first is None:
             continue
@@ -211,6 +212,14 @@ def _adapter_on(layer: Linear, segment: "Segment") -> Any:
     """What a segment's adapter keeps on a layer, a ``LinearAdapter``; None where it keeps nothing."""
     own = layer.loras_.get(segment.adapter_name)
     return layer.loras_.get(segment.task) if own is None else own
+
+
+def _pair_of(adapter: LinearAdapter) -> tuple[Tensor, Tensor] | None:
+    """Its ``low_rank()``; one that is computed is computed once while weights are fixed."""
+    if type(adapter).low_rank is Lora.low_rank:
+        return adapter.low_rank()
+    pair: tuple[Tensor, Tensor] | None = of_fixed_weights(adapter.low_rank)
+    return pair
 
 
 def _by_segment(x: Tensor, functions: Sequence[Callable[[Tensor], Tensor] | None], batch: "ForwardBatch") -> Tensor:

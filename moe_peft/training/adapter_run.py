@@ -216,18 +216,21 @@ class AdapterRun:
             self.loss_scale.grow()
 
     def _follow_growth(self) -> None:
-        """Where a weight has grown, what goes with it grows by zeros: products with them stay what they were."""
+        """Where a weight has grown, what goes with it grows: moments by zeros, kept weights as the weight itself did.
+
+        So these act as they did before, and what they grew by can learn, too, whichever of them is saved.
+        """
         for i, weight in enumerate(self.parameters):
             shape = self.good_weights[i].shape
             if weight.shape == shape:
                 continue
-            self.good_weights[i] = _padded(self.good_weights[i], weight.shape)
+            self.good_weights[i] = _padded(self.good_weights[i], weight.detach())
             if self.best_weights is not None:
-                self.best_weights[i] = _padded(self.best_weights[i], weight.shape)
+                self.best_weights[i] = _padded(self.best_weights[i], weight.detach())
             state = self.optimizer.state[weight]
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == shape:
-                    state[key] = _padded(value, weight.shape)
+                    state[key] = _padded(value, value.new_zeros(weight.shape))
 
     def start_clock(self) -> None:
         """A forward begins: a step's time runs from its first forward, or from the end of the step before."""
@@ -294,8 +297,8 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
-def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A larger tensor with this one at its beginning, and zeros behind."""
-    larger = tensor.new_zeros(shape)
+def _padded(tensor: Tensor, filler: Tensor) -> Tensor:
+    """A larger tensor with this one at its beginning, and what another has there behind."""
+    larger = filler.clone()
     larger[tuple(slice(size) for size in tensor.shape)] = tensor
     return larger

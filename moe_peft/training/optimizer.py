@@ -13,14 +13,14 @@ def build_optimizer(model: LlamaForCausalLM, job: AdapterJob) -> torch.optim.Opt
     """The job's optimizer over its adapter's parameters, fused into one launch.
 
     Weight decay spares routers (unless ``decay_router``) and 1-D weights. With a ``loraplus_lr_ratio`` the factors
-    lora_B, and as in PEFT 1-D weights, are groups of their own, which have it as their ``lr_ratio``
+    lora_B (AdaLoRA's, too), and as in PEFT 1-D weights, are groups of their own, which have it as their ``lr_ratio``
     (https://arxiv.org/abs/2402.12354).
     """
     grouped: dict[tuple[bool, float], dict[int, nn.Parameter]] = {}
     for key, weight, _ in model.named_adapter_weights(job.name):
         is_vector = weight.dim() < 2
         is_spared = is_vector or (job.adapter.is_router(key) and not job.decay_router)
-        ratio = job.loraplus_lr_ratio if is_vector or key.endswith(".lora_B.weight") else 1.0
+        ratio = job.loraplus_lr_ratio if is_vector or ".lora_B" in key else 1.0
         grouped.setdefault((is_spared, ratio), {})[id(weight)] = weight
     groups = [
         {

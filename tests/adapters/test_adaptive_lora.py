@@ -121,18 +121,29 @@ def test_new_rows_are_of_the_adapters_own_draws() -> None:
         assert not any(torch.equal(row, other) for other in rows[:i])
 
 
-def test_the_top_layers_by_added_up_norms_grow_until_the_largest_rank() -> None:
-    """Norms add up between two growths, and begin anew; of equals the lower layer comes first."""
+def test_the_top_layers_with_room_grow_by_added_up_norms() -> None:
+    """Norms add up between two growths, and begin anew; of equals the lower layer comes first, a full one never."""
     model = model_with(r=2, max_rank=8, grow_every=2, grow_share=0.25)
     norms = [[5, 0, 0, 1], [0, 0, 4, 2], [9, 0, 0, 9], [1, 1, 1, 1], [9, 1, 1, 1], [1, 0, 0, 0], [7, 0, 0, 1], [9] * 4]
     train(model, norms)
-    assert ranks_of(model) == [{8}, {2}, {2}, {2}]
+    assert ranks_of(model) == [{8}, {4}, {2}, {4}]
     save = model.adapter_config("qa").to_peft(model, "qa")["growth_history"]
     assert [growth["step"] for growth in save] == [2, 4, 6, 8]
-    assert [growth["ranks"] for growth in save] == [(4, 2, 2, 2), (8, 2, 2, 2), (8, 2, 2, 2), (8, 2, 2, 2)]
+    assert [growth["ranks"] for growth in save] == [(4, 2, 2, 2), (8, 2, 2, 2), (8, 4, 2, 2), (8, 4, 2, 4)]
     expected = [[5, 0, 4, 3], [10, 1, 1, 10], [10, 1, 1, 1], [16, 9, 9, 10]]
     for growth, importance in zip(save, expected, strict=True):
         assert growth["importance"] == pytest.approx(importance, rel=1e-5, abs=1e-6)
+
+
+def test_as_many_layers_grow_as_the_share_says_until_none_has_room() -> None:
+    model = model_with(r=2, max_rank=4, grow_every=1, grow_share=0.75, rank_pattern={"layers.0.self_attn.q_proj": 4})
+    updates = model.adapter_config("qa").updates(model, "qa", 9)
+    seen = []
+    for step in range(1, 4):
+        set_gradients(model, [4.0, 3.0, 2.0, 1.0])
+        updates.after_step(step)
+        seen.append(ranks_of(model))
+    assert seen == [[{4}, {4}, {4}, {2}], [{4}] * 4, [{4}] * 4]
 
 
 def test_nothing_grows_behind_the_last_step_and_a_skipped_one_is_made_up_for() -> None:
@@ -190,16 +201,16 @@ def test_peft_reads_the_folder_and_so_do_we(settings: dict[str, Any], tmp_path: 
 
 def test_what_is_loaded_grows_on() -> None:
     """Its history goes on, and ranks that have come to the largest stay."""
-    model = grown(r=2, max_rank=4, grow_share=0.5)
+    model = grown(r=2, max_rank=4, grow_share=0.25)
     settings = model.adapter_config("qa").to_peft(model, "qa")
     again = tiny_model(LlamaConfig(**SIZES))
     known = AdaptiveLoraConfig.__dataclass_fields__
     again.add_adapter("qa", AdaptiveLoraConfig(**{key: settings[key] for key in settings if key in known}))
-    assert ranks_of(again) == ranks_of(model) == [{2}, {4}, {4}, {4}]
+    assert ranks_of(again) == ranks_of(model) == [{2}, {4}, {4}, {2}]
     updates = again.adapter_config("qa").updates(again, "qa", 9)
-    set_gradients(again, [4.0, 3.0, 0.0, 0.0])
+    set_gradients(again, [3.0, 4.0, 0.0, 1.0])
     updates.after_step(1)  # of a training of its own
-    assert ranks_of(again) == [{4}] * 4
+    assert ranks_of(again) == [{4}, {4}, {4}, {2}]
     assert [growth["step"] for growth in again.adapter_config("qa").to_peft(again, "qa")["growth_history"]] == [1, 2, 1]
 
 
@@ -219,7 +230,7 @@ def test_folders_of_plain_lora_stay_plain(tmp_path: Path) -> None:
     [
         ({"max_rank": 4}, "max_rank=4 must be r=8 times a power of two"),
         ({"max_rank": 24}, "max_rank=24 must be r=8 times a power of two"),
-        ({"max_rank": 0}, "max_rank=0 must be r=8 times a power of two"),
+        ({"max_rank": 0}, "max_rank=0 must be at least 1"),
         ({"grow_every": 0}, "grow_every=0 must be at least 1"),
         ({"grow_share": 0.0}, r"grow_share=0.0 must be in \(0, 1\]"),
         ({"grow_share": 1.1}, r"grow_share=1.1 must be in \(0, 1\]"),
@@ -245,3 +256,18 @@ def test_every_projection_may_be_a_target() -> None:
         model = tiny_model()
         model.add_adapter("qa", AdaptiveLoraConfig(target_modules=[target], layers_to_transform=[1]))
         assert {key.split(".")[1] for key in model.adapter_buffers("qa")} == {"1"}
+
+
+def test_the_largest_that_it_can_become():
+    """Nothing grows behind the last step, and no rank above ``max_rank``, whatever it begins with."""
+    config = AdaptiveLoraConfig(r=4, max_rank=32, grow_every=10, rank_pattern={"q_proj": 5, "k_proj": 32})
+    ranks = {steps: config.at_largest(steps) for steps in (1, 10, 11, 21, 1000)}
+    assert {steps: (at.r, *at.rank_pattern.values()) for steps, at in ranks.items()} == {
+        1: (4, 5, 32),
+        10: (4, 5, 32),
+        11: (8, 10, 32),
+        21: (16, 20, 32),
+        1000: (32, 20, 32),
+    }
+    assert config.at_largest(1000).at_largest(1000) == config.at_largest(1000)
+    assert LoraConfig().at_largest(1000) == LoraConfig()

@@ -38,7 +38,6 @@ from moe_peft.adapters.dora import Dora
 from moe_peft.adapters.lora import PROJECTIONS
 from moe_peft.generation import Request, generate_tokens
 from moe_peft.io.adapter_files import read_adapter_config
-from moe_peft.model.fixed_weights import OfFixedWeights, fixed_weights
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -292,17 +291,3 @@ class NoText:
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         return ""
-
-
-def test_kept_values_are_of_their_scope() -> None:
-    value, computed = OfFixedWeights(), []
-
-    def compute() -> int:
-        computed.append(1)
-        return len(computed)
-
-    assert [value.get(compute), value.get(compute)] == [1, 2]
-    for first in (3, 4):
-        with fixed_weights():
-            assert [value.get(compute), value.get(compute)] == [first, first]
-    assert value.get(compute) == 5

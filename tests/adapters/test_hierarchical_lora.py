@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from builders import add_random_adapter, assert_close, random_run, run_step, tiny_model
-from naive_model import ATTENTION, NaiveModel
+from naive_model import ATTENTION, NaiveModel, assert_same_as_naive
 from safetensors.torch import load_file, save_file
 
 from moe_peft import HierarchicalLoraConfig, LoraConfig, load_adapter, save_adapter
@@ -48,14 +48,7 @@ def test_equals_the_sum_of_its_levels(case):
     add_random_adapter(model, "qa", config, seed=5)
     naive = NaiveLevels(model, "qa", config, seed=5)
     assert len(naive.weights) == 2 * 2 * len(config.targets) * len(config.levels)
-    expected = naive(RUN)
-    expected.loss.backward()
-    (output,), found = run_step(model, RUN)
-    assert_close(output.logits, expected.logits, 1e-10, "logits")
-    assert_close(output.loss, expected.loss, 1e-10, "loss")
-    for key, gradient in naive.gradients().items():
-        assert gradient.any(), key
-        assert_close(found["qa"][key], gradient, 1e-10, key)
+    assert_same_as_naive(model, naive, RUN)
 
 
 def test_one_level_is_plain_lora_to_the_last_but_one_bit():

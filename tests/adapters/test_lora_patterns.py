@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,47 @@ def test_a_folder_of_another_architectures_layers_is_refused(tmp_path: Path) -> 
             continue
         with pytest.raises(ValueError, match="layers_pattern='h' must be 'layers'"):
             read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "((a|.)*)*Z",
+        r"(\w+\.?)+X",
+        r"(\w|\.\w)*X",
+        "(a?){65000}b",
+        r"(?:(?:[a-z]+){2,}){3}",
+        r"(?=(\w+)+X)q",
+        ".*" * 5 + "Z",
+        "(.*?)" * 10 + "Z",
+    ],
+)
+@pytest.mark.parametrize(("field", "value"), [("rank_pattern", 4), ("alpha_pattern", 4.0)])
+def test_an_expression_that_could_take_forever_is_refused(field: str, value: float, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} has {re.escape(repr(key))}, which could take forever to match"):
+        LoraConfig(r=2, **{field: {key: value}})
+
+
+@pytest.mark.parametrize("key", ["(" * 5000, "a{99999999999999999999}"], ids=["deep", "often"])
+def test_an_expression_that_cannot_be_read_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="which is no regular expression: "):
+        LoraConfig(r=2, rank_pattern={key: 4})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        r".*\.layers\.[0-9]+\.self_attn\.[qkv]_proj",
+        r"model\.layers\.(?:0|1|2|30|31)\.(?:self_attn|mlp)\..*",
+        r"layers\.(\d\.|\d\d\.)?.*",
+        ".*layers.*mlp.*proj.*",
+        "|".join(f"layers.{layer}.*q_proj" for layer in range(200)),
+        r"(?!.*up).*(q|v)_proj",
+        "(q)?_?(?(1)x|.*)",
+    ],
+)
+def test_what_people_write_is_quick_enough(key: str) -> None:
+    LoraConfig(r=2, rank_pattern={key: 4})
 
 
 def test_few_layers_stand_for_all() -> None:

@@ -10,7 +10,7 @@ import torch
 from builders import add_random_adapter, assert_close, random_run, run_step, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from naive_model import NaiveModel
+from naive_model import NaiveModel, assert_same_as_naive
 from safetensors.torch import load_file, save_file
 
 from moe_peft import LoraConfig, QuantizedLoraConfig, load_adapter, save_adapter
@@ -69,14 +69,7 @@ def test_equals_plain_lora_at_the_quantized_factors(settings):
         _, _, acting = naive_quantized(by_rank(key, weight.detach()).numpy(), config.bits, config.group_size)
         assert not np.allclose(acting, by_rank(key, weight.detach()), rtol=1e-3)
         naive.weights[key] = by_rank(key, torch.tensor(acting)).clone().requires_grad_()
-    expected = naive(RUN)
-    expected.loss.backward()
-    (output,), found = run_step(model, RUN)
-    assert_close(output.logits, expected.logits, 1e-10, "logits")
-    assert_close(output.loss, expected.loss, 1e-10, "loss")
-    for key, gradient in naive.gradients().items():
-        assert gradient.any(), key
-        assert_close(found["qa"][key], gradient, 1e-10, key)
+    assert_same_as_naive(model, naive, RUN)
 
 
 TINY, MAX = float(FLOAT32.tiny), float(FLOAT32.max)
@@ -312,3 +305,11 @@ REFUSED = [
 def test_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         QuantizedLoraConfig(**fields)
+
+
+def test_a_group_wider_than_the_row_is_the_row() -> None:
+    """And takes no more memory: at this size a padded row would be a terabyte."""
+    weight = torch.randn(3, 17, generator=torch.Generator().manual_seed(0))
+    wide, exact = (quantized(weight, 4, size) for size in (10**12, 17))
+    assert all(torch.equal(one, other) for one, other in zip(wide, exact, strict=True))
+    assert torch.equal(fake_quantized(weight, 4, 10**12), fake_quantized(weight, 4, 17))

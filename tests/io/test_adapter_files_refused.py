@@ -14,6 +14,7 @@ from hf_twin import hf_model
 from safetensors.torch import load_file, save_file
 
 from moe_peft import LlamaForCausalLM, LoraConfig, MixLoraConfig, load_adapter, save_adapter
+from moe_peft.adapters import METHODS
 from moe_peft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -308,3 +309,135 @@ def test_a_name_that_is_taken_or_bad_changes_nothing(model: LlamaForCausalLM, fo
     assert trace(model) == state
     assert all(torch.equal(weight, before[key]) for key, weight in model.adapter_state("first").items())
     model.remove_adapter("first")
+
+
+def saved(method: str, folder: Path, **settings: object) -> Path:
+    """A good folder of an adapter of any method."""
+    source = tiny_model()
+    add_random_adapter(source, "qa", METHODS[method](**settings))
+    save_adapter(source, "qa", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "changes", "words"),
+    [
+        ("lora", {"r": 2}, {"r": 60_000}, "has shape [2, 24], but this base needs [60000, 24]"),
+        ("lora", {"r": 2}, {"rank_pattern": {"v_proj": 60_000}}, "has shape [2, 24], but this base needs [60000, 24]"),
+        ("adalora", {"init_r": 2, "target_r": 1}, {"init_r": 60_000}, "needs [60000, 24]"),
+        ("sparse_lora", {"r": 2}, {"r": 60_000}, "needs [60000, 24]"),
+        ("hierarchical_lora", {"ranks": [2, 3]}, {"ranks": [2, 60_000]}, "needs [60000, 24]"),
+        ("bottleneck", {"bottleneck_size": 2}, {"bottleneck_size": 60_000}, "needs [60000, 24]"),
+    ],
+)
+def test_nothing_is_allocated_for_a_config_that_the_file_does_not_fit(
+    method: str,
+    settings: dict,
+    changes: dict,
+    words: str,
+    model: LlamaForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = saved(method, tmp_path / "qa", **settings)
+    change_config(folder, **changes)
+    monkeypatch.setattr(model, "add_adapter", lambda *_, **__: pytest.fail("an adapter was made"))
+    refused(model, folder, WEIGHTS_FILE, words)
+
+
+def test_patterns_in_another_order_need_other_weights(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """The first pattern that matches counts, although dictionaries in another order are equal."""
+    pattern = {"q_proj": 3, ".*proj": 2}
+    folder = saved("lora", tmp_path / "qa", rank_pattern=pattern)
+    load_adapter(model, folder, "new")
+    model.remove_adapter("new")
+    change_config(folder, rank_pattern=dict(reversed(pattern.items())))
+    refused(model, folder, "q_proj.lora_A.weight has shape [3, 24], but this base needs [2, 24]")
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "sparse_lora", "vera", "prompt_tuning"])
+def test_weights_that_are_not_finite(method: str, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = saved(method, tmp_path / "qa")
+    good = (folder / WEIGHTS_FILE).read_bytes()
+    key = next(key for key, tensor in sorted(load_file(folder / WEIGHTS_FILE).items()) if tensor.is_floating_point())
+    for value in (float("nan"), float("inf"), -float("inf"), 1e300):
+
+        def spoil(weights: dict[str, torch.Tensor], value: float = value) -> None:
+            weights[key] = weights[key].double()
+            kept = weights[key].flatten().nonzero()[0]  # a sparse factor's masked entries are refused as such
+            weights[key].view(-1)[kept] = value
+
+        change_weights(folder, spoil)
+        refused(model, folder, WEIGHTS_FILE, f"{key} must be finite, but holds NaN, or numbers beyond torch.float32")
+        (folder / WEIGHTS_FILE).write_bytes(good)
+
+
+def test_a_lora_that_calls_itself_quantized(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = saved("lora", tmp_path / "qa", r=2)
+    change_config(folder, peft_type="QUANTIZED_LORA")
+    refused(model, folder, ".lora_A.weight is not quantized: it must be ", ".lora_A.integers and ", ".lora_A.scales")
+
+
+def test_singular_values_without_a_rank_and_masks(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = saved("adalora", tmp_path / "qa")
+    good = (folder / WEIGHTS_FILE).read_bytes()
+    key = next(key for key in load_file(folder / WEIGHTS_FILE) if key.endswith(".lora_E"))
+    change_weights(folder, lambda weights: weights.update({key: torch.tensor(1.0)}))
+    refused(model, folder, f"{key} has shape [], but must have [R, 1]")
+    (folder / WEIGHTS_FILE).write_bytes(good)
+    mask = key.replace(".lora_E", ".rank_mask")
+    change_weights(folder, lambda weights: weights.update({mask: torch.zeros(12, dtype=torch.bool)}))
+    refused(model, folder, f"{mask} must not be there")
+
+
+@pytest.mark.parametrize("method", ["lora", "sparse_lora"])
+@pytest.mark.parametrize("dtype", [torch.complex64, getattr(torch, "float4_e2m1fn_x2", torch.complex64)])
+def test_numbers_that_are_no_weights(method: str, dtype: torch.dtype, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = saved(method, tmp_path / "qa", r=2)
+    key = next(key for key in load_file(folder / WEIGHTS_FILE) if key.endswith(".lora_A.weight"))
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        shape = weights[key].shape
+        weights[key] = (
+            torch.zeros(shape, dtype=torch.uint8).view(dtype)
+            if dtype.itemsize == 1
+            else torch.zeros(shape, dtype=dtype)
+        )
+
+    change_weights(folder, change)
+    refused(model, folder, f"{key} holds {dtype}, not floating-point weights")
+
+
+def test_factors_of_eight_bits_load(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """What float8 holds is exact in float32; a mask beside it is still checked."""
+    folder = saved("sparse_lora", tmp_path / "qa", r=2)
+
+    def narrow(weights: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in weights if key.endswith(".weight")]:
+            weights[key] = weights[key].to(torch.float8_e4m3fn)
+
+    change_weights(folder, narrow)
+    load_adapter(model, folder, "new")
+    expected = load_file(folder / WEIGHTS_FILE)
+    assert all(torch.equal(weight, expected[key].float()) for key, weight in model.adapter_state("new").items())
+    model.remove_adapter("new")
+    key = next(key for key in expected if key.endswith(".lora_A.weight"))
+    change_weights(folder, lambda weights: weights.update({key: torch.ones_like(weights[key].float())}))
+    refused(model, folder, "masks entries that are not zero in the factor")
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "adalora"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers_to_transform": [[0]]}, "layers_to_transform[0]=[0] must be int, not list"),
+        ({"layers_to_transform": [{}]}, "layers_to_transform[0]={} must be int, not mapping"),
+        ({"layers_to_transform": [1, True]}, "layers_to_transform[1]=True must be int, not bool"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern='(' must be 'layers'"),
+        ({"layers_to_transform": [0], "layers_pattern": r"(((\w|[a-z_.])+)+)+X"}, "must be 'layers'"),
+    ],
+)
+def test_wrong_layers(method: str, changes: dict, words: str, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = saved(method, tmp_path / "qa")
+    change_config(folder, **changes)
+    refused(model, folder, CONFIG_FILE, words)

@@ -1,17 +1,20 @@
 """LoRA+: the factors lora_B learn at a multiple of the rate, as the real PEFT's optimizer has it."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import tiny_run
 import torch
 from builders import tiny_model
+from every_method import CONFIGS, METHOD_OF
 from hf_twin import hf_model
 from peft.optimizers import create_loraplus_optimizer
 from tiny_run import adapter_entry, make_base_folder, run_config
 
-from moe_peft import DoraConfig, LoraConfig, MixLoraConfig
+from moe_peft import AdaLoraConfig, DoraConfig, LoraConfig, MixLoraConfig, PromptEncoderConfig
+from moe_peft.adapters import Method
 from moe_peft.config import AdapterJob
 from moe_peft.config.job import method_of
 from moe_peft.training.optimizer import build_optimizer, set_learning_rate
@@ -21,14 +24,57 @@ SETTINGS = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 38, "num_h
 SETTINGS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
-def job(adapter: LoraConfig, **changes) -> AdapterJob:
+def job(adapter: Method, **changes) -> AdapterJob:
     fields = {"name": "qa", "method": method_of(adapter), "adapter": adapter, "data": "x.jsonl", "lr": RATE, **changes}
     return AdapterJob(**fields)
 
 
-def rates(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, float]:
+def rates(optimizer: torch.optim.Optimizer, names: dict[int, Any]) -> dict[Any, float]:
     """The learning rate of every weight."""
     return {names[id(weight)]: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+
+
+def takes_ratio(key: str, weight: torch.Tensor) -> bool:
+    """PEFT's rule."""
+    return "lora_B" in key or weight.ndim == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_method_has_what_learns_faster_or_refuses_to(name: str) -> None:
+    """By name, before anything trains; a table of virtual tokens has nothing that could."""
+    model, config = tiny_model(), CONFIGS[name]
+    model.add_adapter("qa", config)
+    weights = {key: weight for key, weight, _ in model.named_adapter_weights("qa")}
+    expected = {key: RATE * RATIO if takes_ratio(key, weight) else RATE for key, weight in weights.items()}
+    if set(expected.values()) == {RATE}:
+        assert METHOD_OF[name] in {"prompt_tuning", "prefix_tuning"}
+        with pytest.raises(ValueError, match=rf"loraplus_lr_ratio=16\.0 .*method='{METHOD_OF[name]}' .* has none"):
+            job(config, loraplus_lr_ratio=RATIO)
+        return
+    optimizer = build_optimizer(model, job(config, loraplus_lr_ratio=RATIO))
+    # A mixture's experts are one stack under many names.
+    found = rates(optimizer, {id(weight): id(weight) for weight in weights.values()})
+    assert {key: found[id(weight)] for key, weight in weights.items()} == pytest.approx(expected)
+
+
+def test_virtual_tokens_out_of_a_folder_have_nothing_that_learns_faster() -> None:
+    """Their encoder, whose biases would, is not in it."""
+    config = PromptEncoderConfig(inference_mode=True)
+    with pytest.raises(ValueError, match=r"loraplus_lr_ratio=2\.0 .*method='p_tuning' with these settings has none"):
+        job(config, loraplus_lr_ratio=2)
+
+
+def test_adalora_learns_at_the_rates_that_peft_gives_it() -> None:
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=9, target_modules=["q_proj", "down_proj"])
+    theirs = peft.get_peft_model(hf_model("llama", SETTINGS), config)
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO)
+    found = rates(optimizer, {id(weight): name.replace(".default", "") for name, weight in theirs.named_parameters()})
+    model = tiny_model()
+    model.add_adapter("qa", AdaLoraConfig(target_modules=["q_proj", "down_proj"]))
+    ours = build_optimizer(model, job(model.adapter_config("qa"), loraplus_lr_ratio=RATIO))
+    names = {id(weight): key for key, weight, _ in model.named_adapter_weights("qa")}
+    assert rates(ours, names) == pytest.approx({name: rate for name, rate in found.items() if "lora_" in name})
+    assert {rate for name, rate in rates(ours, names).items() if "lora_B" in name} == {RATE * RATIO}
 
 
 @pytest.mark.parametrize("init", [True, "pissa"])

@@ -167,7 +167,8 @@ def test_it_is_called_behind_each_step_that_is_taken(base: Path, data: str, tmp_
 def test_growth_leaves_moments_and_kept_weights_as_they_act(
     new_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """The parameter objects stay; what is new of moments and of kept weights is zero, what is old stays to the bit."""
+    """The parameter objects stay; what is old stays to the bit; of what is new the moments are zero, and kept weights
+    have what the weights have: live rows of A that can learn, and columns of zeros of B."""
     trainer = new_trainer(new_config("run", "grown"))
     steps = steps_of(trainer)
     run = next(steps)
@@ -202,7 +203,12 @@ def test_growth_leaves_moments_and_kept_weights_as_they_act(
         for what, (now, then) in kept.items():
             assert now.shape == weight.shape, what
             assert torch.equal(now[places], then), what
-            assert now.count_nonzero() == then.count_nonzero(), what
+            if what.startswith("exp_avg") or places[0].stop == len(weight):  # B
+                assert now.count_nonzero() == then.count_nonzero(), what
+            else:
+                new = now[places[0].stop :]
+                assert torch.equal(new, weight[places[0].stop :]), what
+                assert new.count_nonzero(dim=1).min() > 0, what
     assert sum(1 for _ in steps) == 4  # the optimizer goes on with them
 
 
@@ -232,7 +238,10 @@ def test_weights_that_are_kept_have_their_own_masks(
         now, then = saved[key], tensor
         if name == "grown" and now.shape != then.shape:  # it grew by what has no effect
             now = now[tuple(slice(size) for size in then.shape)]
-            assert saved[key].count_nonzero() == then.count_nonzero()
+            if "lora_A" in key:
+                assert saved[key].count_nonzero(dim=1).min() > 0, "a rank of zeros alone never learns"
+            else:
+                assert saved[key].count_nonzero() == then.count_nonzero()
         assert torch.equal(now, then), key
 
 

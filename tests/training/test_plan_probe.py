@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import adapter_entry, instructions, make_base_folder, run_config, write_jsonl
 
+from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.forecast import probe as probe_module
 from moe_peft.training.forecast.live_memory import follow
 from moe_peft.training.forecast.probe import Probe
@@ -139,3 +140,32 @@ def features_of(probe):
     layer = probe._model.layers[0]
     linears = [one for part in (layer.self_attn, layer.mlp) for one in part.children() if hasattr(one, "loras_")]
     return sum(linear.in_features + linear.out_features for linear in linears)
+
+
+@pytest.mark.parametrize(("steps", "rank"), [(2, 6), (3, 12), (9, 24)])
+def test_ranks_that_grow_are_planned_at_their_largest(steps, rank, tmp_path):
+    """A growth every two steps, none behind the last: of four, two come to ``max_rank``."""
+    base = make_base_folder(tmp_path / "base", num_hidden_layers=9, **SIZES)
+    data = write_jsonl(tmp_path / "data.jsonl", instructions(24))
+    settings = {"method": "adaptive_lora", "r": 6, "grow_every": 2, "grow_share": 1.0, "max_steps": steps}
+    entry = adapter_entry("own", data, batch_size=12, **settings)
+    forecast = forecast_run(run_config(base, tmp_path / "out", entry))
+    probe, own = probe_of(forecast), forecast.adapters["own"]
+    assert own.data.plan.num_steps == steps
+    assert own.num_trainable == 6 * 9 * features_of(probe)  # what is printed is what it begins with
+    assert own.weight_bytes == 4 * rank * 9 * features_of(probe)
+    assert own.state_bytes == 4 * own.weight_bytes + own.buffer_bytes
+    for layer in probe._model.layers:
+        assert layer.mlp.up_proj.loras_["own"].lora_A.shape[0] == rank
+    run = AdapterRun(own.job, own_model(forecast), own.data.plan, own.data.train_set, None)
+    for step in range(1, steps + 1):  # the truth: what the run itself grows to
+        run.updates.after_step(step)
+    assert sum(weight.numel() for weight in run.parameters) == own.num_largest
+
+
+def own_model(forecast):
+    """The whole base, random, with the run's adapters as they begin."""
+    model = probe_module._random_model(forecast.shape)
+    for name, adapter in forecast.adapters.items():
+        model.add_adapter(name, adapter.job.adapter)
+    return model

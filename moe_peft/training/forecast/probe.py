@@ -53,7 +53,7 @@ class Probe:
         self._model.activation_checkpointing_ = activation_checkpointing
         self._layers = list(self._model.layers)
         for name, adapter in adapters.items():
-            config = adapter.job.adapter.on_few_layers(self._num_layers)
+            config = adapter.largest.on_few_layers(self._num_layers)
             self._model.add_adapter(name, config, tokenizer=tokenizer)
         self._runs: dict[tuple[int, str], AdapterRun] = {}
         self._adapters = adapters
@@ -91,7 +91,7 @@ class Probe:
     def _further_gradients(self, name: str) -> int:
         """Bytes of the gradients of an adapter's weights that only all layers together have."""
         parameters = self._run_of(name).parameters
-        further = self._adapters[name].num_trainable - sum(weight.numel() for weight in parameters)
+        further = self._adapters[name].num_largest - sum(weight.numel() for weight in parameters)
         return further * parameters[0].itemsize
 
     def memory_of_evaluation(self, held_out: Mapping[str, Sequence[Sample]], max_batch_tokens: int) -> int:

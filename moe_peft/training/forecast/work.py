@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from moe_peft.adapters import Method
 from moe_peft.config import AdapterJob, TrainConfig
 from moe_peft.data.dispatcher import Dispatcher, MicroBatch
 from moe_peft.data.samples import Sample
@@ -21,13 +22,17 @@ class AdapterForecast:
         data: its samples and the plan of its steps.
         num_trainable: its parameters.
         num_router: those of them that route.
-        buffer_bytes: of what it keeps beside them.
+        largest: its settings as large as it can become.
+        num_largest: its parameters then.
+        buffer_bytes: of what it keeps beside them then.
     """
 
     job: AdapterJob
     data: JobData
     num_trainable: int
     num_router: int
+    largest: Method
+    num_largest: int
     buffer_bytes: int
 
     @property
@@ -75,8 +80,8 @@ class AdapterForecast:
 
     @property
     def weight_bytes(self) -> int:
-        """Of its weights alone; a gradient has as many."""
-        return 4 * self.num_trainable
+        """Of its weights alone at their largest; a gradient has as many."""
+        return 4 * self.num_largest
 
 
 @dataclass(frozen=True)
@@ -142,13 +147,22 @@ def forecast_run(config: TrainConfig) -> RunForecast:
         check_fit(name, own, shape.config, jobs[name].adapter.context_tokens)
     base = shape.empty_model()
     adapters = {}
-    counted: dict[object, tuple[int, int, int]] = {}  # the members of a sweep differ in little that counts
+    counted: dict[Method, tuple[int, int, int]] = {}  # the members of a sweep differ in little that counts
     for job in config.adapters:
-        if job.adapter not in counted:
-            counted[job.adapter] = _count(base, job, reader.tokenizer)
-        trainable, router, buffers = counted[job.adapter]
+        largest = job.adapter.at_largest(data[job.name].plan.num_steps)
+        for adapter in (job.adapter, largest):
+            if adapter not in counted:
+                counted[adapter] = _count(base, job.name, adapter, reader.tokenizer)
+        trainable, router, _ = counted[job.adapter]
+        num_largest, _, buffers = counted[largest]
         adapters[job.name] = AdapterForecast(
-            job=job, data=data[job.name], num_trainable=trainable, num_router=router, buffer_bytes=buffers
+            job=job,
+            data=data[job.name],
+            num_trainable=trainable,
+            num_router=router,
+            largest=largest,
+            num_largest=num_largest,
+            buffer_bytes=buffers,
         )
     return RunForecast(
         config=config,
@@ -160,19 +174,18 @@ def forecast_run(config: TrainConfig) -> RunForecast:
     )
 
 
-def _count(base: LlamaForCausalLM, job: AdapterJob, tokenizer: Tokenizer) -> tuple[int, int, int]:
+def _count(base: LlamaForCausalLM, name: str, adapter: Method, tokenizer: Tokenizer) -> tuple[int, int, int]:
     """Parameters of an adapter on this base, those of its routers, and bytes of its buffers."""
     try:
         with without_memory():
-            base.add_adapter(job.name, job.adapter, tokenizer=tokenizer)
+            base.add_adapter(name, adapter, tokenizer=tokenizer)
     except ValueError as error:
-        raise ValueError(f"adapter {job.name!r}: {error}") from error
+        raise ValueError(f"adapter {name!r}: {error}") from error
     weights = {
-        id(weight): (weight.numel(), job.adapter.is_router(key))
-        for key, weight, _ in base.named_adapter_weights(job.name)
+        id(weight): (weight.numel(), adapter.is_router(key)) for key, weight, _ in base.named_adapter_weights(name)
     }
-    buffers = sum(buffer.nbytes for buffer in base.adapter_buffers(job.name).values())
-    base.remove_adapter(job.name)
+    buffers = sum(buffer.nbytes for buffer in base.adapter_buffers(name).values())
+    base.remove_adapter(name)
     sizes = weights.values()
     return sum(size for size, _ in sizes), sum(size for size, routes in sizes if routes), buffers
 
