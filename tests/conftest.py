@@ -14,7 +14,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 from moe_peft import load_base_model, load_tokenizer
 
 # Tiny tensors gain nothing from threads, and on a busy machine every wait for a second thread costs milliseconds.
-torch.set_num_threads(1)
+NUM_THREADS = 1
+torch.set_num_threads(NUM_THREADS)
 
 # Under pytest-xdist the processes that tests start share the cores with those of the other workers.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A run sets torch's threads for the whole process; left so, they would slow down all tests that come after it."""
+    yield
+    torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.fixture
