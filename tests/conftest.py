@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def same_threads():
-    """A run sets torch's threads for the whole process; left so, they would slow down all tests that come after it."""
+    """A run may set torch's threads, which would slow down all tests that come after it."""
     yield
     torch.set_num_threads(NUM_THREADS)
 
