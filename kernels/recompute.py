@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .rms_norm.reference import scaled
+from .rms_norm.op import scaled
 from .swiglu.op import swiglu
 
 

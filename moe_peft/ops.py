@@ -1,6 +1,8 @@
-"""The one place that picks how an operation runs: a Triton kernel or its plain-PyTorch reference."""
+"""The one place that picks how an operation runs: a Triton kernel, compiled C++ or its plain-PyTorch reference."""
 
+from moe_peft.kernels.cache_folder import cache_folder
 from moe_peft.kernels.causal_attention.op import causal_attention
+from moe_peft.kernels.compiled import compiled_library
 from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
 from moe_peft.kernels.lora_linear.op import lora_linear
 from moe_peft.kernels.lora_linear.ranges import LoraRange
@@ -17,7 +19,9 @@ __all__ = [
     "FfnPart",
     "LoraRange",
     "Recomputable",
+    "cache_folder",
     "causal_attention",
+    "compiled_library",
     "linear_cross_entropy",
     "lora_linear",
     "mixlora_ffn_group",

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..registration import Differentiable, Operator
-from . import reference
+from . import cpu, reference
 from .flash import flash_backward, flash_forward, flash_takes
 
 _SETTINGS = "Tensor? cu_seqlens, SymInt[] boundaries, SymInt? window, bool deterministic"
@@ -25,7 +26,8 @@ def _forward(
     """Output, and the log-sum-exp of flash attention's scores (empty where the products ran)."""
     if flash_takes(q):
         return flash_forward(q, k, v, cu_seqlens, boundaries, window)
-    return reference.causal_attention_forward(q, k, v, boundaries, window), q.new_empty(0, dtype=torch.float32)
+    chosen = cpu if runs_compiled(q) else reference
+    return chosen.causal_attention_forward(q, k, v, boundaries, window), q.new_empty(0, dtype=torch.float32)
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if out is not None and log_z is not None:
         return flash_backward(d_out, q, k, v, out, log_z, cu_seqlens, boundaries, window, deterministic)
-    return reference.causal_attention_backward(d_out, q, k, v, boundaries, window)
+    chosen = cpu if runs_compiled(q) else reference
+    return chosen.causal_attention_backward(d_out, q, k, v, boundaries, window)
 
 
 def _save(arguments: Sequence[Any], results: Sequence[Tensor]) -> list[Any]:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..registration import Differentiable, Operator, runs_kernel
-from . import reference
+from . import cpu, reference
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -12,7 +13,8 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: boo
         from .kernel import linear_cross_entropy_forward
 
         return linear_cross_entropy_forward(hidden, weight, targets, with_gradient)
-    return reference.linear_cross_entropy_forward(hidden, weight, targets, with_gradient)
+    chosen = cpu if runs_compiled(hidden) else reference
+    return reference.in_chunks(hidden, weight, targets, with_gradient, chosen.cross_entropy_rows)
 
 
 def _forward_fake(hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:

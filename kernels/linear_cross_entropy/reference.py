@@ -7,6 +7,8 @@ less than 100 MB (on two Zen 5 cores, gradient included).
 Letters: N rows with a label, D model, V vocabulary, c rows of a chunk, r rows of a block.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,13 @@ BLOCK_ROWS = 8
 def linear_cross_entropy_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
+    """``in_chunks`` with plain PyTorch."""
+    return in_chunks(hidden, weight, targets, with_gradient, cross_entropy_rows)
+
+
+def in_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool, fill_rows: Callable[..., None]
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each row, and its gradient with respect to that row.
 
     The head is frozen, so the gradient is known up to one factor a row as soon as the logits are: taking it here saves
@@ -31,6 +40,7 @@ def linear_cross_entropy_forward(
         weight: ``[V, D]``.
         targets: ``[N]``, each in ``0..V-1``.
         with_gradient: also return ``d nll / d hidden``.
+        fill_rows: as ``cross_entropy_rows``.
 
     Returns:
         nll ``[N]`` (at least float32) and the gradient ``[N, D]`` in hidden's dtype, ``[0, D]`` when not asked for.
@@ -41,12 +51,17 @@ def linear_cross_entropy_forward(
     for start in range(0, hidden.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         logits = matmul_t(hidden[rows], weight)  # [c, V]
-        parts = [x.split(BLOCK_ROWS) for x in (logits, targets[rows, None], nll[rows, None])]
-        for some_logits, some_targets, some_nll in zip(*parts, strict=True):
-            _row_block(some_logits, some_targets, some_nll, with_gradient)
+        fill_rows(logits, targets[rows], nll[rows], with_gradient)
         if with_gradient:
             gradient[rows] = matmul_t(logits, weight.T)
     return nll, gradient
+
+
+def cross_entropy_rows(logits: Tensor, targets: Tensor, nll: Tensor, with_gradient: bool) -> None:
+    """Fill nll ``[c]``, and put the gradient of the logits ``[c, V]`` in their place if there is to be one."""
+    parts = [x.split(BLOCK_ROWS) for x in (logits, targets[:, None], nll[:, None])]
+    for some_logits, some_targets, some_nll in zip(*parts, strict=True):
+        _row_block(some_logits, some_targets, some_nll, with_gradient)
 
 
 def _row_block(logits: Tensor, targets: Tensor, nll: Tensor, with_gradient: bool) -> None:

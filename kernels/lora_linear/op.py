@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..frozen_linear.op import frozen_linear
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
@@ -25,6 +26,8 @@ def _run(
     """The outputs, and each range's lowered rows behind them."""
     if runs_kernel(x.value):
         from .kernel import lora_linear_forward
+    elif runs_compiled(x.value):
+        from .cpu import lora_linear_forward
     else:
         from .reference import lora_linear_forward
     outputs, lowered = lora_linear_forward(x.value, weights, biases, ranges)
@@ -70,6 +73,8 @@ def _backward(d_outputs: _Tensors, lowered: _Tensors, needs_dx: bool, *arguments
     x = recomputed(recipe, kept)
     if runs_kernel(x):
         from .kernel import lora_linear_backward
+    elif runs_compiled(x):
+        from .cpu import lora_linear_backward
     else:
         from .reference import lora_linear_backward
     dx, gradients = lora_linear_backward(d_outputs, x, flat[1], _ranges(*flat), lowered, needs_dx)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator, runs_kernel
+from . import cpu, reference
 from .inputs import ExpertFactors, FactorGradients, FfnGroup, FfnPart, GroupGradients
 
 _Tensors = Sequence[Tensor]
@@ -28,9 +30,9 @@ def _run(group: FfnGroup, recipe: str, sources: _Tensors) -> list[Tensor]:
 
         found = [_existing(mixlora_ffn_forward(inputs)) for inputs in group.one_by_one()]
         return found[0] if len(found) == 1 else [torch.cat(rows) for rows in zip(*found, strict=True)]
-    from .reference import group_forward
-
-    return _existing(group_forward(group))
+    if runs_compiled(group.p1):
+        return _existing(cpu.group_forward(group))
+    return _existing(reference.group_forward(group))
 
 
 def _existing(results: Sequence[Tensor | None]) -> list[Tensor]:
@@ -74,10 +76,10 @@ def _backward(dhidden: Tensor, dlowered: Tensor | None, lowered: _Tensors, *flat
     a1, a3 = (next(rest) if pair is not None else None for pair in (group.parts[0].gate, group.parts[0].up))
     if runs_kernel(p1):
         found = _backward_one_by_one(group, dhidden, dlowered, a1, a3)
+    elif runs_compiled(p1):
+        found = cpu.group_backward(group, dhidden, dlowered, a1, a3)
     else:
-        from .reference import group_backward
-
-        found = group_backward(group, dhidden, dlowered, a1, a3)
+        found = reference.group_backward(group, dhidden, dlowered, a1, a3)
     factors = [grad for part in found.parts for grad in (*(part.gate or ()), *(part.up or ()), part.down_a)]
     return _existing([found.dp1, found.dp3, found.dgates, *factors, found.dx])
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..parts import columns_by_part, times, transposed_times
 from .inputs import ExpertFactors, FactorGradients, FfnGradients, FfnGroup, FfnInputs, GroupGradients
+from .model_products import input_gradients, joined, lowered_inputs
 
 
 def mixlora_ffn_forward(inputs: FfnInputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -53,13 +54,7 @@ def mixlora_ffn_backward(
 
 def group_forward(group: FfnGroup) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``mixlora_ffn_forward`` of several adapters, whose rows stand below each other."""
-    num_stacks = len(group.parts[0].reading_x)
-    a1, a3 = None, None
-    if num_stacks:
-        lowered_x = times(group.masked_x, _side_by_side(group).transpose(1, 2), group.lengths)  # [T, S*ER]
-        chunks = [chunk.clone(memory_format=torch.contiguous_format) for chunk in lowered_x.chunk(num_stacks, dim=1)]
-        a1 = chunks[0] if group.parts[0].gate else None
-        a3 = chunks[-1] if group.parts[0].up else None
+    a1, a3 = lowered_inputs(group)
     mixture = _Mixture(group, a1, a3)
     down_a, h_mask = _flat_down_a(group), group.h_mask
     hidden = None
@@ -119,8 +114,49 @@ def group_backward(
             sums.add(f"db{name}", transposed_times(mixture.columns(a.gather(1, ranks), slot), du, group.lengths))
         sums.add("dp1", du1)
         sums.add("dp3", du3)
-    dx, d_flat_a = _input_gradients(group, da) if reading else (None, None)
-    return GroupGradients(dx, sums["dp1"], sums["dp3"], dgates, _factor_gradients(group, d_flat_a, sums))
+    dx, d_flat_a = input_gradients(group, da)
+    db1, db3 = (_by_expert(group, sums.get(name), turned=True) for name in ("db1", "db3"))
+    d_down_a = _by_expert(group, sums.get("down_a"), turned=False)
+    parts = factor_gradients(group, d_flat_a, db1, db3, d_down_a)
+    return GroupGradients(dx, sums["dp1"], sums["dp3"], dgates, parts)
+
+
+def factor_gradients(
+    group: FfnGroup, d_flat_a: Tensor | None, db1: Tensor | None, db3: Tensor | None, d_down_a: Tensor | None
+) -> list[FactorGradients]:
+    """Each part's own, in its factors' dtype, contiguous and each in memory of its own.
+
+    Args:
+        group: what they are the gradients of.
+        d_flat_a: of the A that read x, ``[P, S*ER, D]``.
+        db1: of the gate's B, still without the scaling, ``[P, E, F, R]``; likewise db3.
+        d_down_a: ``[P, E, R, F]``.
+    """
+    found = []
+    for i, part in enumerate(group.parts):
+        d_as = iter(d_flat_a[i].chunk(len(part.reading_x)) if d_flat_a is not None else ())
+        pairs: list[tuple[Tensor, Tensor] | None] = []
+        for db, stack in ((db1, part.gate), (db3, part.up)):
+            if stack is None or db is None:
+                pairs.append(None)
+                continue
+            d_lora_a = _copied(next(d_as).view_as(stack.lora_a), stack.lora_a)
+            pairs.append((d_lora_a, _copied(db[i], stack.lora_b).mul_(part.scaling)))
+        d_down = _copied(d_down_a[i], part.down_a) if part.down_a is not None and d_down_a is not None else None
+        found.append(FactorGradients(pairs[0], pairs[1], d_down))
+    return found
+
+
+def _copied(gradient: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(gradient)
+
+
+def _by_expert(group: FfnGroup, flat: Tensor | None, turned: bool) -> Tensor | None:
+    """``[P, ER, F]`` as ``[P, E, R, F]``, or turned to ``[P, E, F, R]``."""
+    if flat is None:
+        return None
+    found = flat.unflatten(1, (group.num_experts, group.rank))
+    return found.transpose(2, 3) if turned else found
 
 
 class _Mixture:
@@ -211,23 +247,10 @@ def _offsets(lengths: list[int], width: int, device: torch.device) -> Tensor | N
     return torch.cat([torch.full((n, 1), i * width, device=device) for i, n in enumerate(lengths)])
 
 
-def _side_by_side(group: FfnGroup) -> Tensor:
-    """A of the experts of all stacks that read x, ``[P, S*ER, D]``."""
-    stacks = [stack.lora_a for part in group.parts for stack in part.reading_x]
-    return _joined(stacks, group.p1.dtype).view(len(group.parts), -1, group.x.shape[1])
-
-
 def _flat_down_a(group: FfnGroup) -> Tensor | None:
     """A of all down experts, ``[P, ER, F]``."""
     stacks = [part.down_a for part in group.parts if part.down_a is not None]
-    return _joined(stacks, group.p1.dtype).view(len(group.parts), -1, group.p1.shape[1]) if stacks else None
-
-
-def _joined(stacks: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """``[E, R, in]`` below each other in a dtype, ``[stacks * ER, in]``."""
-    if len(stacks) == 1:
-        return stacks[0].to(dtype).flatten(0, 1)
-    return torch.cat([stack.flatten(0, 1) for stack in stacks]).to(dtype)
+    return joined(stacks, group.p1.dtype).view(len(group.parts), -1, group.p1.shape[1]) if stacks else None
 
 
 def _flat_b(group: FfnGroup, stacks: list[ExpertFactors | None]) -> Tensor:
@@ -238,36 +261,6 @@ def _flat_b(group: FfnGroup, stacks: list[ExpertFactors | None]) -> Tensor:
         assert stack is not None
         torch.mul(stack.lora_b.transpose(1, 2), part.scaling, out=own)
     return flat.flatten(1, 2)
-
-
-def _input_gradients(group: FfnGroup, da: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the A that read it, ``[T, D]`` and ``[P, S*ER, D]``."""
-    dx = times(da, _side_by_side(group), group.lengths)
-    if (x_mask := group.x_mask) is not None:
-        dx.mul_(x_mask)
-    return dx, transposed_times(columns_by_part(da, None, da.shape[1], group.lengths), group.masked_x, group.lengths)
-
-
-def _factor_gradients(group: FfnGroup, d_flat_a: Tensor | None, sums: _Sums) -> list[FactorGradients]:
-    """Each part's own, in its factors' dtype, contiguous and each in memory of its own."""
-    found = []
-    for i, part in enumerate(group.parts):
-        d_as = iter(d_flat_a[i].chunk(len(part.reading_x)) if d_flat_a is not None else ())
-        pairs: list[tuple[Tensor, Tensor] | None] = []
-        for name, stack in (("db1", part.gate), ("db3", part.up)):
-            if stack is None:
-                pairs.append(None)
-                continue
-            d_lora_a = torch.empty_like(stack.lora_a, memory_format=torch.contiguous_format)
-            d_lora_b = torch.empty_like(stack.lora_b, memory_format=torch.contiguous_format)
-            d_lora_b.copy_(sums[name][i].unflatten(0, stack.lora_a.shape[:2]).transpose(1, 2))
-            pairs.append((d_lora_a.copy_(next(d_as).view_as(d_lora_a)), d_lora_b.mul_(part.scaling)))
-        d_down = None
-        if part.down_a is not None and "down_a" in sums:
-            d_down = torch.empty_like(part.down_a, memory_format=torch.contiguous_format)
-            d_down.copy_(sums["down_a"][i].view_as(d_down))
-        found.append(FactorGradients(pairs[0], pairs[1], d_down))
-    return found
 
 
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:

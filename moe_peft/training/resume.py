@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe_peft import ops
 from moe_peft.config import TrainConfig
 from moe_peft.strict import show
 from moe_peft.training.folder.checkpoints import Checkpoint, Checkpoints
@@ -143,6 +144,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu": _cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "code": None if torch.cuda.is_available() else ops.compiled_library().name,
     }
 
 

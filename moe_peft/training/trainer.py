@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_peft import ops
 from moe_peft.config import TrainConfig
 from moe_peft.data.tokenizer import Tokenizer, load_tokenizer
 from moe_peft.io.base_model import load_base_model
@@ -98,6 +99,8 @@ class Trainer:
         self.model.activation_checkpointing_ = config.activation_checkpointing
         if self.model.dtype == torch.float16 and self.model.device.type == "cpu":
             self._say("Warning: CPUs multiply float16 matrices very slowly; dtype bfloat16 or float32 is far faster")
+        elif self.model.device.type == "cpu" and (problem := ops.compiled_library().problem):
+            self._say(f"Warning: {problem}, so the CPU runs plain PyTorch, which can take twice the time")
         self.fused_run = FusedRun(config, self.model, reader, self._say)
         for job in config.adapters:
             self.fused_run.take_in(job)

@@ -15,8 +15,9 @@ from builders import Run, fuse
 
 from moe_peft import load_base_model
 from moe_peft.io import smollm2
-from moe_peft.io.smollm2 import cache_folder, smollm2_file
+from moe_peft.io.smollm2 import smollm2_file
 from moe_peft.io.source import resolve_source
+from moe_peft.ops import cache_folder
 
 CONTENT = b"GGUF" + bytes(range(256)) * 100
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

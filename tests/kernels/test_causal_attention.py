@@ -12,7 +12,7 @@ from moe_peft.kernels.causal_attention.op import _causal_attention, causal_atten
 from moe_peft.kernels.causal_attention.reference import BLOCK
 from moe_peft.kernels.rectangles import LONE, MOST_PADDING, rectangles
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 BATCHES = [
     [1],

@@ -14,7 +14,7 @@ from moe_peft.kernels.recompute import Recomputable
 from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.swiglu.op import swiglu
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 # (start, end, rank on each of three projections (0: no factors), masked) of every range among 11 tokens
 LAYOUTS = {

@@ -14,7 +14,7 @@ from moe_peft.kernels.recompute import Recomputable
 from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.swiglu.op import swiglu
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 PLACES = ("gate", "up", "down")
 SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(PLACES, size)]

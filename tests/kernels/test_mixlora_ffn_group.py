@@ -11,7 +11,7 @@ from moe_peft.kernels.mixlora_ffn.inputs import ExpertFactors, FfnPart
 from moe_peft.kernels.mixlora_ffn.op import _mixlora_ffn, mixlora_ffn_group
 from moe_peft.kernels.recompute import Recomputable
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 
 def group(cases):

@@ -8,7 +8,7 @@ from moe_peft.kernels.recompute import Recomputable, recomputed
 from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.swiglu.op import swiglu
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 RECIPES = ["", "rms_norm", "swiglu"]

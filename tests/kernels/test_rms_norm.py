@@ -7,7 +7,7 @@ from builders import assert_close, assert_error_like
 from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.rms_norm.reference import rms_norm_forward
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 EPS = 1e-5
 SHAPES = [(7, 9), (1, 64), (5, 3, 8), (2, 1), (33, 576), (0, 8)]

@@ -6,7 +6,7 @@ from builders import assert_close, assert_error_like
 
 from moe_peft.kernels.rotary.op import rotary
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 SHAPES = [(7, 3, 10), (1, 9, 64), (5, 1, 2), (11, 2, 96), (0, 2, 8)]
 

@@ -6,7 +6,7 @@ from builders import assert_close, assert_error_like
 
 from moe_peft.kernels.swiglu.op import swiglu
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 SHAPES = [(7, 9), (1, 64), (2, 3, 5), (1, 1), (33, 200), (0, 8)]
 NAMES = ("h", "dgate", "dup")

@@ -9,7 +9,7 @@ from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.swiglu.op import swiglu
 from moe_peft.kernels.wide_linear.op import wide_linear
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "cpu_code")
 
 SIZES = [(5, 7, 3), (1, 9, 4), (33, 65, 8), (1, 1, 1)]  # N, D, E
 DTYPES = [

@@ -6,13 +6,16 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from resuming import Killed, adapters_of, assert_same_run, at_forward, kill_at_forward, rows_of, run_and_die
 from tiny_run import adapter_entry, new_trainer, run_config, train
 
 from moe_peft.config import TrainConfig
+from moe_peft.ops import compiled_library
 from moe_peft.training.folder.inbox import Inbox
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -110,7 +113,7 @@ def test_early_stopping_and_bad_steps_are_resumed(base: Path, data: str, held_ou
     def config(name: str) -> TrainConfig:
         entries = [
             # It learns, then a rate beyond reason ruins it.
-            adapter_entry("stops", data, lr=0.3, max_steps=20, eval_data=held_out, eval_steps=1, patience=3),
+            adapter_entry("stops", data, lr=2.0, max_steps=20, eval_data=held_out, eval_steps=1, patience=3),
             adapter_entry("fails", data, lr=1e30, max_steps=9, max_bad_steps=4),
             adapter_entry("next", data, max_steps=3),
         ]
@@ -333,3 +336,17 @@ def test_a_disk_without_room_leaves_the_checkpoint_before(
     trainer.train()
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
     assert adapters_of(tmp_path / "run")
+
+
+def test_other_code_for_the_cpu_is_told_of(
+    new_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_and_die(new_config("run"), 9)
+    problem = "no C++ compiler was found (g++, clang++)"
+    monkeypatch.setattr("moe_peft.ops.compiled_library", lambda: SimpleNamespace(name="plain PyTorch", problem=problem))
+    trainer = new_trainer(new_config("run"))
+    trainer.train()
+    text = " ".join(trainer.console.file.getvalue().split())
+    assert f"Warning: {problem}, so the CPU runs plain PyTorch, which can take twice the time" in text
+    if not torch.cuda.is_available() and compiled_library().functions is not None:
+        assert "the run goes on with code 'plain PyTorch' instead of 'cpu-" in text
