@@ -16,20 +16,6 @@ constexpr int DOT_ROWS = W == 16 ? 2 : 1;
 
 MOE_INLINE int64_t whole_ranks(int64_t ranks) { return (ranks + RANKS - 1) / RANKS * RANKS; }
 
-template <size_t... I>
-MOE_INLINE Vector sums_of_pairs(Vector a, Vector b, std::index_sequence<I...>) {
-    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-}
-
-// The sums of W vectors, in their order, as one.
-template <int N = W>
-MOE_INLINE Vector sums_of(const Vector* all) {
-    if constexpr (N == 1)
-        return all[0];
-    else
-        return sums_of_pairs(sums_of<N / 2>(all), sums_of<N / 2>(all + N / 2), std::make_index_sequence<W>());
-}
-
 // out[row, r] = <x[row], factors[r]> of ROWS rows and RANKS factors.
 template <int ROWS, class T>
 MOE_INLINE void dot_rows(const T* x, const float* factors, int64_t features, float* out, int64_t out_stride) {

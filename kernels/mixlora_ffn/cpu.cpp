@@ -52,7 +52,7 @@ void forward_panel(const Group<T>& group, const Task<T>& task, const Block& bloc
         across(width, [&](int64_t j, auto count) {
             Vector u1 = load(p1 + j, count) + scaling * load(u1s + j, Whole());
             Vector u3 = load(p3 + j, count) + scaling * load(u3s + j, Whole());
-            Vector h = u1 * quick_sigmoid(u1) * u3;
+            Vector h = u1 * sigmoid(u1) * u3;
             store(sums + j, load(sums + j, count) + gate * h, count);
             store(u1s + j, first(place.mask ? h * load(place.mask + j, count) : h, count), Whole());
         });
@@ -149,7 +149,7 @@ void backward_panel(const Group<T>& group, const Gradients<T>& grads, const Task
             Vector u3 = load(p3 + j, count) + scaling * load(u3s + j, Whole());
             Vector mask = place.mask ? load(place.mask + j, count) : splat(1.0f);
             Vector dh = load(dhidden + j, count) + mask * load(downs + j, Whole());
-            Vector s1 = quick_sigmoid(u1), silu = u1 * s1, h = silu * u3;
+            Vector s1 = sigmoid(u1), silu = u1 * s1, h = silu * u3;
             dgate += first(dh * h, count);
             dh *= gate;
             Vector du3 = first(dh * silu, count);
@@ -204,7 +204,7 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
                 share(s.table1, s.du1, da1);
                 share(s.table3, s.du3, da3);
                 for (int64_t i = 0; i < tile.size; i += W) {
-                    Vector totals = sums_of<W>(dgates + i);
+                    Vector totals = sums_of(dgates + i);
                     for (int64_t j = i; j < std::min(i + W, tile.size); ++j)
                         *shares_of_gates.of(task.chunk, tile.choices[j]) = totals[j - i];
                 }

@@ -4,25 +4,9 @@
 // Letters as in pieces.h, and N the choices of a tile.
 #pragma once
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-#include <utility>
-
 #include "pieces.h"
 
 namespace moe::mixlora_ffn {
-
-// 1 / (1 + exp(-x)) within 3 units in the last place, without the division that would take a third of a tile's time.
-MOE_INLINE Vector quick_sigmoid(Vector x) {
-#if defined(__AVX512F__)
-    Vector divisor = 1.0f + exp(-x), close = (Vector)_mm512_rcp14_ps((__m512)divisor);
-    return close * (2.0f - divisor * close);  // Newton's step doubles the right bits
-#else
-    return sigmoid(x);
-#endif
-}
 
 // Zeros behind the first `count`.
 MOE_INLINE Vector first(Vector x, Whole) { return x; }
@@ -32,38 +16,11 @@ MOE_INLINE Vector first(Vector x, int64_t count) {
     return load(part, count);
 }
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define MOE_SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MOE_SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-#endif
-
-// Sums of neighbouring numbers, those of `a` before those of `b`.
-template <int... I>
-MOE_INLINE Vector pair_sums(Vector a, Vector b, std::integer_sequence<int, I...>) {
-    return MOE_SHUFFLED(a, b, (2 * I)...) + MOE_SHUFFLED(a, b, (2 * I + 1)...);
-}
-#undef MOE_SHUFFLED
-
-// The sums of N vectors side by side, N a power of two up to W: all of them at once take 3 operations a sum.
-template <int N, int LANES = W>
-MOE_INLINE Vector sums_of(Vector* x) {
-    if constexpr (LANES == 1) {
-        return x[0];
-    } else {
-        constexpr int LEFT = N > 1 ? N / 2 : 1;
-#pragma GCC unroll 16
-        for (int i = 0; i < LEFT; ++i)
-            x[i] = pair_sums(x[2 * i], x[N > 1 ? 2 * i + 1 : 0], std::make_integer_sequence<int, W>());
-        return sums_of<LEFT, LANES / 2>(x);
-    }
-}
-
 template <int CHOICES, int ROWS>
 void few_products(const float* tile, const float* table, int64_t table_panel, const Columns& columns, float* to,
                   int64_t stride) {
-    constexpr int N = CHOICES * ROWS, AT_ONCE = N < W ? N : W;
-    Vector totals[N] = {};
+    constexpr int N = CHOICES * ROWS, WHOLE = (N + W - 1) / W * W;
+    Vector totals[WHOLE] = {};
     columns.panels([&](int64_t offset, int64_t width) {
         const float *left = tile + offset * TILE, *right = table + offset / PANEL * table_panel;
         for (int64_t i = 0; i < width; i += W) {
@@ -78,9 +35,9 @@ void few_products(const float* tile, const float* table, int64_t table_panel, co
             }
         }
     });
-    float sums[N];
+    float sums[WHOLE];
 #pragma GCC unroll 4
-    for (int i = 0; i < N; i += AT_ONCE) store(sums + i, sums_of<AT_ONCE>(totals + i), int64_t(AT_ONCE));
+    for (int i = 0; i < WHOLE; i += W) store(sums + i, sums_of(totals + i), Whole());
 #pragma GCC unroll 8
     for (int c = 0; c < CHOICES; ++c) std::copy_n(sums + c * ROWS, ROWS, to + c * stride);
 }
