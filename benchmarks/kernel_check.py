@@ -19,7 +19,7 @@ def ways_of(case: Case, device: torch.device) -> dict[str, Way]:
     """Those that are measured on a device."""
     reference = case.reference
     ways = {"ours": differentiated(case.ours, case.inputs, case.differentiated)}
-    if device.type == "cuda" and reference is not None:
+    if reference is not None:
         ways["reference"] = lambda upstream: torch.no_grad()(reference)(case.inputs, upstream)
     return {**ways, "naive": differentiated(case.naive, case.inputs, case.differentiated)}
 

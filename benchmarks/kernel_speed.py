@@ -4,10 +4,10 @@
     python benchmarks/kernels.py --ops swiglu mixlora_ffn --dtype bf16
     python benchmarks/kernels.py --shape llama-7b --device cuda --tokens 16384 --rank 16 --dtype bfloat16
 
-Three ways to compute the same thing take turns in one process: ours, as a model calls it; on a GPU the plain-PyTorch
-reference (on a CPU the reference is what runs); and the naive way, what a user would write for autograd. A ratio is the
-median of the ratios round by round, naive over ours: 2 means that ours takes half the time. The forward alone runs
-without autograd; forward+backward is what training pays, the gradients of every input and adapter weight included.
+Three ways to compute the same thing take turns in one process: ours, as a model calls it (Triton on a GPU,
+compiled C++ on a CPU); the plain-PyTorch reference; and the naive way, what a user would write for autograd. A ratio
+is the median of the ratios round by round, naive over ours: 2 means that ours takes half the time. The forward alone
+runs without autograd; forward+backward is what training pays, the gradients of every input and adapter weight included.
 Before every run a buffer is overwritten, so that nothing is read from a cache.
 
 First comes the proof: outputs and gradients of each way are compared with the naive way in a wider dtype (float32 for

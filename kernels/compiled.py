@@ -71,14 +71,26 @@ def runs_compiled(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _NAMES and _Switch.is_on and compiled_library().functions is not None
 
 
+def needs_compiling() -> bool:
+    """Whether ``compiled_library`` is about to compile, which takes some seconds."""
+    compiler = _compiler()
+    with suppress(OSError, subprocess.SubprocessError):
+        return compiler is not None and not _place(compiler).is_file()
+    return False
+
+
 @functools.cache
 def compiled_library() -> Library:
-    """The compiled operations; the first call of all compiles them, which takes some seconds."""
-    compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
+    """The compiled operations; the first call of all compiles them."""
+    compiler = _compiler()
     if compiler is None:
         return Library(None, problem="no C++ compiler was found (g++, clang++)")
     try:
-        return _library(compiler)
+        file = _place(compiler)
+        with suppress(OSError):  # there is none yet, or a damaged one
+            return Library(ctypes.CDLL(str(file)), name=file.stem)
+        _compile(compiler, file)
+        return Library(ctypes.CDLL(str(file)), name=file.stem)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
         return Library(None, problem=f"{compiler} failed: {lines[0] if lines else f'exit code {error.returncode}'}")
@@ -86,22 +98,28 @@ def compiled_library() -> Library:
         return Library(None, problem=f"{compiler} made nothing that loads: {error}")
 
 
-def _library(compiler: str) -> Library:
+def _compiler() -> str | None:
+    return next((found for name in _COMPILERS if (found := shutil.which(name))), None)
+
+
+def _sources() -> list[Path]:
+    return sorted(_ROOM.glob("*/cpu.cpp"))
+
+
+@functools.cache
+def _place(compiler: str) -> Path:
+    """Where the library of these sources, by this compiler, for this processor and this torch is kept."""
     version = _output([compiler, "--version"]).splitlines()[0]
-    sources = sorted(_ROOM.glob("*/cpu.cpp"))
-    texts = [file.read_bytes() for file in [*sources, *sorted(_ROOM.glob("**/*.h"))]]
+    texts = [file.read_bytes() for file in [*_sources(), *sorted(_ROOM.glob("**/*.h"))]]
     makers = "\n".join((version, *_FLAGS, platform.machine(), _cpu_features(), torch.__version__)).encode()
     key = hashlib.sha256(b"\0".join([makers, *texts])).hexdigest()[:24]
-    file = cache_folder() / "kernels" / f"cpu-{key}.so"
-    with suppress(OSError):  # there is none yet, or a damaged one
-        return Library(ctypes.CDLL(str(file)), name=file.stem)
-    _compile(compiler, sources, file)
-    return Library(ctypes.CDLL(str(file)), name=file.stem)
+    return cache_folder() / "kernels" / f"cpu-{key}.so"
 
 
-def _compile(compiler: str, sources: list[Path], file: Path) -> None:
+def _compile(compiler: str, file: Path) -> None:
     """Make the library beside its place and move it there, so that no process ever loads half of one."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    sources = _sources()
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".compiling-") as folder:
         objects = [Path(folder) / f"{source.parent.name}.o" for source in sources]
         running = [

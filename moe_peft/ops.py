@@ -2,7 +2,7 @@
 
 from moe_peft.kernels.cache_folder import cache_folder
 from moe_peft.kernels.causal_attention.op import causal_attention
-from moe_peft.kernels.compiled import compiled_library
+from moe_peft.kernels.compiled import compiled_library, needs_compiling
 from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
 from moe_peft.kernels.lora_linear.op import lora_linear
 from moe_peft.kernels.lora_linear.ranges import LoraRange
@@ -25,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "mixlora_ffn_group",
+    "needs_compiling",
     "rms_norm",
     "rotary",
     "swiglu",

@@ -99,8 +99,11 @@ class Trainer:
         self.model.activation_checkpointing_ = config.activation_checkpointing
         if self.model.dtype == torch.float16 and self.model.device.type == "cpu":
             self._say("Warning: CPUs multiply float16 matrices very slowly; dtype bfloat16 or float32 is far faster")
-        elif self.model.device.type == "cpu" and (problem := ops.compiled_library().problem):
-            self._say(f"Warning: {problem}, so the CPU runs plain PyTorch, which can take twice the time")
+        if self.model.device.type == "cpu":
+            if ops.needs_compiling():
+                self._say("Compiling the CPU's operations, once for this machine")
+            if problem := ops.compiled_library().problem:
+                self._say(f"Warning: {problem}, so the CPU runs plain PyTorch, which can take twice the time")
         self.fused_run = FusedRun(config, self.model, reader, self._say)
         for job in config.adapters:
             self.fused_run.take_in(job)

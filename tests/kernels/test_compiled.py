@@ -25,15 +25,18 @@ def fresh(monkeypatch, tmp_path):
     for name in SOURCES:
         shutil.copy(Path(compiled.__file__).parent / name, room / name)
     monkeypatch.setattr(compiled, "_ROOM", room)
-    for cached in (compiled.compiled_library, compiled._bound):
+    caches = (compiled.compiled_library, compiled._place, compiled._bound)
+    for cached in caches:
         cached.cache_clear()
     yield tmp_path / "cache" / "kernels"
-    for cached in (compiled.compiled_library, compiled._bound):
+    for cached in caches:
         cached.cache_clear()
 
 
 def test_it_is_compiled_once(fresh, monkeypatch):
+    assert compiled.needs_compiling() == (compiled._compiler() is not None)
     first = compiled_library()
+    assert not compiled.needs_compiling()
     if first.functions is None:
         pytest.skip(first.problem)
     (file,) = fresh.iterdir()  # nothing else is left there
@@ -49,6 +52,7 @@ def test_other_sources_are_another_library(fresh, monkeypatch, tmp_path):
     for name in SOURCES:
         with (tmp_path / "room" / name).open("a", encoding="utf-8") as file:
             file.write("// changed\n")
+    compiled._place.cache_clear()
     compiled_library.cache_clear()
     assert compiled_library().functions is not None
     assert len(list(fresh.iterdir())) == 2

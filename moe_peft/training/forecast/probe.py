@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_peft import ops
 from moe_peft.data.dispatcher import MicroBatch
 from moe_peft.data.samples import Sample
 from moe_peft.data.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class Probe:
         activation_checkpointing: str,
         tokenizer: Tokenizer | None = None,
     ) -> None:
+        ops.compiled_library()  # made now, and not while something is timed
         self._num_layers = shape.config.num_hidden_layers
         self._depth = min(_LAYERS, self._num_layers)
         self._model = _random_model(
