@@ -1,10 +1,11 @@
 // What the compiled CPU kernels share: vectors as wide as the machine's, numbers in bfloat16, and rows over threads.
 //
-// Vectors are GCC's and clang's own extension, so that one source serves AVX-512, AVX2 and NEON. Nothing here may assume
-// finite numbers: a NaN goes where arithmetic takes it.
+// Vectors are GCC's and clang's own extension, so that one source serves AVX-512, AVX2 and NEON. Nothing here may
+// assume finite numbers: a NaN goes where arithmetic takes it.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -19,7 +20,20 @@
 #define MOE_EXPORT extern "C" __attribute__((visibility("default")))
 #define MOE_INLINE inline __attribute__((always_inline))
 
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
 namespace moe {
+
+// What an exported function returns: 0, or 1 when there was not enough memory.
+template <class Body>
+int guarded(Body body) {
+    try {
+        body();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
 
 #if defined(__AVX512F__)
 constexpr int W = 16;  // floats of a vector
@@ -68,7 +82,8 @@ MOE_INLINE Vector load(const bfloat16* from, Whole) {
 
 MOE_INLINE void store(float* to, Vector x, Whole) { std::memcpy(to, &x, sizeof x); }
 
-// To the nearest, ties to even, as torch rounds; a NaN stays one. The processor's own instruction gives 0 for subnormals.
+// To the nearest, ties to even, as torch rounds; a NaN stays one. The processor's own instruction gives 0 for
+// subnormals.
 MOE_INLINE Halves rounded(Vector x) {
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
     return (Halves)_mm512_cvtneps_pbh((__m512)x);
@@ -117,9 +132,13 @@ MOE_INLINE float sum(Vector x) {
     return total;
 }
 
-template <size_t... I>
-MOE_INLINE Vector sums_of_pairs(Vector a, Vector b, std::index_sequence<I...>) {
+template <int... I>
+MOE_INLINE Vector sums_of_pairs(Vector a, Vector b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+    return __builtin_shuffle(a, b, Ints{(2 * I)...}) + __builtin_shuffle(a, b, Ints{(2 * I + 1)...});
+#endif
 }
 
 // The sums of W vectors, in their order, as one.
@@ -128,7 +147,7 @@ MOE_INLINE Vector sums_of(const Vector* all) {
     if constexpr (N == 1)
         return all[0];
     else
-        return sums_of_pairs(sums_of<N / 2>(all), sums_of<N / 2>(all + N / 2), std::make_index_sequence<W>());
+        return sums_of_pairs(sums_of<N / 2>(all), sums_of<N / 2>(all + N / 2), std::make_integer_sequence<int, W>());
 }
 
 // A NaN in `b` is passed over; what it belongs to has it in its sum.
@@ -178,22 +197,35 @@ MOE_INLINE Vector sigmoid(Vector x) {
 #endif
 }
 
-// Calls `body(i)` for `n` parts of a job, spread over threads; each part's result must depend on nothing but `i`.
+// Runs `body` on several threads at once: torch's own, which every OpenMP library lends under this name.
 template <class Body>
-void parallel(int64_t n, int64_t threads, Body body) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads)) if (threads > 1 && n > 1)
-    for (int64_t i = 0; i < n; ++i) body(i);
+void on_threads(int64_t threads, Body body) {
+    if (threads < 2)
+        body();
+    else
+        GOMP_parallel([](void* given) { (*static_cast<Body*>(given))(); }, &body, static_cast<unsigned>(threads), 0);
 }
 
-// The same with what every thread makes once for all its parts: `body(i, made)`.
+// Calls `body(i, made)` for `n` parts of a job, spread over threads, with what each of them made once for all its
+// parts. A part's result must depend on nothing but `i`.
 template <class Make, class Body>
 void parallel_with(int64_t n, int64_t threads, Make make, Body body) {
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1 && n > 1)
-    {
-        auto made = make();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n; ++i) body(i, made);
-    }
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    on_threads(std::min(n, threads), [&] {
+        try {  // nothing may be thrown through the library of threads
+            auto made = make();
+            for (int64_t i; (i = next.fetch_add(1)) < n;) body(i, made);
+        } catch (...) {
+            failed = true;
+        }
+    });
+    if (failed) throw std::bad_alloc();
+}
+
+template <class Body>
+void parallel(int64_t n, int64_t threads, Body body) {
+    parallel_with(n, threads, [] { return 0; }, [&](int64_t i, int) { body(i); });
 }
 
 // The same in runs of neighbours: `body(first, last)`.

@@ -7,10 +7,14 @@ walk. Without a compiler, and for float64 and float16, the references run: slowe
 import ctypes
 import functools
 import hashlib
+import os
 import platform
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,14 +29,15 @@ from .cache_folder import cache_folder
 
 _ROOM = Path(__file__).parent
 _COMPILERS = ("g++", "clang++", "c++")
-# No -ffast-math: a NaN must arrive. No -fopenmp at the link: torch's own threads are used, not a second set of them.
+# No -ffast-math: a NaN must arrive. No -fopenmp: torch's own threads are used, not a second set of them.
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    *("-fopenmp", "-fPIC", "-fvisibility=hidden"),
+    *("-fPIC", "-fvisibility=hidden"),
 )
+_LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
-_COMPILER_SECONDS = 300
+_COMPILER_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,35 @@ def references_only() -> Iterator[None]:
 
 
 def runs_compiled(x: Tensor) -> bool:
-    """Whether this tensor's operation has compiled code here, or its reference runs."""
-    return x.device.type == "cpu" and x.dtype in _NAMES and _Switch.is_on and compiled_library().functions is not None
+    """Whether this tensor's operation has compiled code here, or its reference runs.
+
+    What stands for a tensor, while a graph is recorded or a function is mapped, has no memory that C++ could read.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _NAMES
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and _Switch.is_on
+        and not _only_recorded()
+        and compiled_library().functions is not None
+    )
+
+
+def _only_recorded() -> bool:
+    modes = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(modes.FAKE) is not None
+        or torch._C._get_dispatch_mode(modes.PROXY) is not None
+    )
 
 
 def needs_compiling() -> bool:
     """Whether ``compiled_library`` is about to compile, which takes some seconds."""
     compiler = _compiler()
-    with suppress(OSError, subprocess.SubprocessError):
-        return compiler is not None and not _place(compiler).is_file()
+    with suppress(Exception):  # it is told when the library is asked for
+        file = _place(compiler) if compiler else None
+        return file is not None and not file.is_file() and not _note_beside(file).is_file()
     return False
 
 
@@ -87,19 +112,47 @@ def compiled_library() -> Library:
         return Library(None, problem="no C++ compiler was found (g++, clang++)")
     try:
         file = _place(compiler)
+        if (note := _note_beside(file)).is_file():
+            return Library(None, problem=f"{note.read_text(encoding='utf-8')} (noted in {note})")
         with suppress(OSError):  # there is none yet, or a damaged one
-            return Library(ctypes.CDLL(str(file)), name=file.stem)
+            return _loaded(file)
         _compile(compiler, file)
-        return Library(ctypes.CDLL(str(file)), name=file.stem)
+        return _loaded(file, compiler)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
-        return Library(None, problem=f"{compiler} failed: {lines[0] if lines else f'exit code {error.returncode}'}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Library(None, problem=f"{compiler} made nothing that loads: {error}")
+        telling = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
+        return Library(None, problem=f"{compiler} failed: {telling or f'exit code {error.returncode}'}")
+    except Exception as error:  # without a library everything works, so nothing about it may end a run
+        return Library(None, problem=f"{compiler} made nothing that loads: {error or type(error).__name__}")
 
 
 def _compiler() -> str | None:
     return next((found for name in _COMPILERS if (found := shutil.which(name))), None)
+
+
+def _note_beside(file: Path) -> Path:
+    """Why a library that was compiled does not load here: compiling it again at each start would not help."""
+    return file.with_suffix(".failed")
+
+
+def _loaded(file: Path, just_made_by: str = "") -> Library:
+    """The library in a file that nobody else could have written.
+
+    Raises:
+        OSError: there is none, it does not load, or others may write it.
+    """
+    for path in (file, file.parent):
+        found = path.stat()
+        if hasattr(os, "getuid") and (
+            found.st_uid not in (0, os.getuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        ):
+            raise PermissionError(f"{path} belongs to another user, or others may write it")
+    try:
+        return Library(ctypes.CDLL(str(file)), name=file.stem)
+    except OSError as error:
+        if just_made_by:
+            _note_beside(file).write_text(f"what {just_made_by} made does not load: {error}", encoding="utf-8")
+        raise
 
 
 def _sources() -> list[Path]:
@@ -109,7 +162,7 @@ def _sources() -> list[Path]:
 @functools.cache
 def _place(compiler: str) -> Path:
     """Where the library of these sources, by this compiler, for this processor and this torch is kept."""
-    version = _output([compiler, "--version"]).splitlines()[0]
+    version = next(iter(_output([compiler, "--version"]).splitlines()), "")
     texts = [file.read_bytes() for file in [*_sources(), *sorted(_ROOM.glob("**/*.h"))]]
     makers = "\n".join((version, *_FLAGS, platform.machine(), _cpu_features(), torch.__version__)).encode()
     key = hashlib.sha256(b"\0".join([makers, *texts])).hexdigest()[:24]
@@ -118,26 +171,35 @@ def _place(compiler: str) -> Path:
 
 def _compile(compiler: str, file: Path) -> None:
     """Make the library beside its place and move it there, so that no process ever loads half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sources = _sources()
+    file.parent.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    sources, end = _sources(), time.monotonic() + _COMPILER_SECONDS
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".compiling-") as folder:
         objects = [Path(folder) / f"{source.parent.name}.o" for source in sources]
-        running = [
-            subprocess.Popen([compiler, *_FLAGS, "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
-            for source, made in zip(sources, objects, strict=True)
-        ]
-        results = [(process, *process.communicate(timeout=_COMPILER_SECONDS)) for process in running]
-        for process, _, errors in results:
-            if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
+        running: list[subprocess.Popen[str]] = []
+        try:
+            for source, made in zip(sources, objects, strict=True):
+                command = [compiler, *_FLAGS, "-c", str(source), "-o", str(made)]
+                running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace"))
+            for process in running:
+                _, errors = process.communicate(timeout=max(0.0, end - time.monotonic()))
+                if process.returncode:
+                    raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+                assert process.stderr is not None
+                process.stderr.close()
         made = Path(folder) / file.name
-        _output([compiler, "-shared", *map(str, objects), "-o", str(made)])
+        _output([compiler, *_LINK_FLAGS, *map(str, objects), "-o", str(made)])
+        made.chmod(0o700)
         made.replace(file)
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILER_SECONDS)
-    return done.stdout
+    settings: dict[str, Any] = {"text": True, "errors": "replace", "timeout": _COMPILER_SECONDS}
+    return str(subprocess.run(command, check=True, capture_output=True, **settings).stdout)
 
 
 def _cpu_features() -> str:
@@ -162,22 +224,29 @@ class CompiledFunction:
         self._name, self._signature = name, signature
 
     def __call__(self, dtype: torch.dtype, *arguments: Any) -> None:
-        """Run it; tensors must be laid out as the C++ says."""
-        self._of(dtype)(*map(_plain, arguments), torch.get_num_threads())
+        """Run it; tensors must be laid out as the C++ says.
 
-    def _of(self, dtype: torch.dtype) -> Callable[..., None]:
+        Raises:
+            MemoryError: there was not enough.
+        """
+        if self._of(dtype)(*map(_plain, arguments), torch.get_num_threads()):
+            raise MemoryError(f"not enough memory for {self._name}")
+
+    def _of(self, dtype: torch.dtype) -> Callable[..., int]:
         return _bound(f"{self._name}_{_NAMES[dtype]}", self._signature)
 
 
 def _plain(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        return argument.data_ptr()
+        address = argument.data_ptr()
+        assert address or not argument.numel(), "a tensor without memory"
+        return address
     return argument.buffer_info()[0] if isinstance(argument, array) else argument
 
 
 @functools.cache
-def _bound(name: str, signature: str) -> Callable[..., None]:
+def _bound(name: str, signature: str) -> Callable[..., int]:
     function = getattr(compiled_library().functions, name)
     function.argtypes = [_C_TYPES[letter] for letter in signature + "i"]
-    function.restype = None
+    function.restype = ctypes.c_int
     return function

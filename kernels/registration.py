@@ -8,6 +8,7 @@ look into while one is tracing: on both ways the same implementations, saved ten
 import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ def _has_triton() -> bool:
 
 
 def runs_kernel(x: Tensor) -> bool:
-    """Whether a Triton kernel takes this tensor's operation, or its reference does.
+    """Whether a Triton kernel takes this tensor's operation.
 
     Kernels accumulate in float32, which would waste float64; and not every platform with a GPU has Triton.
     """
@@ -100,6 +101,9 @@ class Differentiable:
 
     def __call__(self, *arguments: Any) -> Any:
         """What the forward returns, a sequence if it is more than one tensor."""
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with _own_dtypes():
+                return self(*arguments)
         if torch.compiler.is_compiling():
             return self.forward.opaque(*self._flattened(arguments))
         if torch.is_grad_enabled():
@@ -139,6 +143,16 @@ class Differentiable:
         return *found, *(None if length is None else [None] * length for length in others)
 
 
+@contextmanager
+def _own_dtypes() -> Iterator[None]:
+    """Without autocast, which would give an operation's inner products another dtype than it has room for."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        yield
+        return
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
 class _Eager(torch.autograd.Function):
     """Any differentiable operation; autograd sees the tensors one by one, the operation its own arguments."""
 
@@ -159,7 +173,8 @@ class _Eager(torch.autograd.Function):
         needs = [next(flags) if length is None else any(list(islice(flags, length))) for length in lengths]
         # Whoever differentiates the gradients themselves hears from torch.library whether that is possible.
         backward = operation.backward.opaque if torch.is_grad_enabled() else operation.backward.run
-        return None, None, None, *_flat(operation.gradients(ctx, backward, needs, grads))
+        with _own_dtypes():
+            return None, None, None, *_flat(operation.gradients(ctx, backward, needs, grads))
 
 
 @dataclass(frozen=True)

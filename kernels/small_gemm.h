@@ -50,8 +50,8 @@ void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t size, flo
 }
 
 template <int ROWS, bool ADD>
-MOE_INLINE void multiply_rows(const float* a, int64_t row_stride, int64_t stride, const float* panel, int64_t contracted,
-                              float* out, int64_t out_stride) {
+MOE_INLINE void multiply_rows(const float* a, int64_t row_stride, int64_t stride, const float* panel,
+                              int64_t contracted, float* out, int64_t out_stride) {
     Vector sums[ROWS][PANEL_VECTORS] = {};
     for (int64_t k = 0; k < contracted; ++k) {
         Vector right[PANEL_VECTORS];

@@ -1,7 +1,7 @@
 // Causal grouped-query attention over samples laid end to end, a key-value head of a sample after the other.
 //
-// All that a head of a sample touches stays in a core's cache: its keys and values, and the scores of a block of queries.
-// Letters: L tokens of a sample, H query heads, G key-value heads, d features of a head, B queries of a block.
+// All that a head of a sample touches stays in a core's cache: its keys and values, and the scores of a block of
+// queries. Letters: L tokens of a sample, H query heads, G key-value heads, d features of a head, B queries of a block.
 #include <cmath>
 
 #include "../small_gemm.h"
@@ -136,7 +136,8 @@ void causal_attention_forward(const T* q, const T* k, const T* v, T* out, const 
     });
 }
 
-// Exponentials to probabilities, and the gradient of probabilities to that of scores: p * (dp - the row's sum of p * dp).
+// Exponentials to probabilities, and the gradient of probabilities to that of scores: p * (dp - the row's sum of p *
+// dp).
 inline void score_gradients(float* p, float* dp, int64_t stride, const Block& block, const float* sums) {
     for (int64_t row = 0; row < block.rows(); ++row) {
         float *own_p = p + row * stride, *own_dp = dp + row * stride;
@@ -164,10 +165,18 @@ void causal_attention_backward(const T* d_out, const T* q, const T* k, const T* 
     int64_t room = whole_panels(longest);
     auto make = [&] {
         auto rows = [&](int64_t count) { return Buffer(count * shape.padded); };
-        return Scratch{Buffer(shape.size * room),  rows(longest),        Buffer(shape.size * room),
-                       Buffer(BLOCK * shape.size), rows(BLOCK),          Buffer(BLOCK * shape.size),
-                       rows(BLOCK),                Buffer(BLOCK * room), Buffer(BLOCK * room),
-                       rows(BLOCK),                rows(longest),        rows(longest)};
+        return Scratch{Buffer(shape.size * room),
+                       rows(longest),
+                       Buffer(shape.size * room),
+                       Buffer(BLOCK * shape.size),
+                       rows(BLOCK),
+                       Buffer(BLOCK * shape.size),
+                       rows(BLOCK),
+                       Buffer(BLOCK * room),
+                       Buffer(BLOCK * room),
+                       rows(BLOCK),
+                       rows(longest),
+                       rows(longest)};
     };
     parallel_with(num_samples * shape.groups, threads, make, [&](int64_t task, Scratch& s) {
         Sample sample(boundaries, task, shape);
@@ -197,8 +206,8 @@ void causal_attention_backward(const T* d_out, const T* q, const T* k, const T* 
                 multiply<false>(s.dp, room, 1, rows, s.key_rows + block.first * PANEL, sample.length, keys, shape.size,
                                 s.dq, shape.padded);
                 narrow(s.dq, shape.padded, rows, shape.size, shape.scale, dq + own, stride);
-                multiply<true>(s.p, 1, room, keys, s.d_panels, rows, rows, shape.size, s.dv + block.first * shape.padded,
-                               shape.padded);
+                multiply<true>(s.p, 1, room, keys, s.d_panels, rows, rows, shape.size,
+                               s.dv + block.first * shape.padded, shape.padded);
                 multiply<true>(s.dp, 1, room, keys, s.query_rows, rows, rows, shape.size,
                                s.dk + block.first * shape.padded, shape.padded);
             }
@@ -208,20 +217,23 @@ void causal_attention_backward(const T* d_out, const T* q, const T* k, const T* 
     });
 }
 
-#define MOE_CAUSAL_ATTENTION(T, NAME)                                                                              \
-    MOE_EXPORT void causal_attention_forward_##NAME(const T* q, const T* k, const T* v, T* out,                    \
-                                                    const int64_t* boundaries, int64_t num_samples,                \
-                                                    int64_t longest, int64_t heads, int64_t groups, int64_t size,  \
-                                                    int64_t window, int64_t threads) {                             \
-        causal_attention_forward(q, k, v, out, boundaries, num_samples, longest, Shape(heads, groups, size, window), \
-                                 threads);                                                                         \
-    }                                                                                                              \
-    MOE_EXPORT void causal_attention_backward_##NAME(                                                              \
-        const T* d_out, const T* q, const T* k, const T* v, T* dq, T* dk, T* dv, const int64_t* boundaries,        \
-        int64_t num_samples, int64_t longest, int64_t heads, int64_t groups, int64_t size, int64_t window,         \
-        int64_t threads) {                                                                                         \
-        causal_attention_backward(d_out, q, k, v, dq, dk, dv, boundaries, num_samples, longest,                    \
-                                  Shape(heads, groups, size, window), threads);                                    \
+#define MOE_CAUSAL_ATTENTION(T, NAME)                                                                                 \
+    MOE_EXPORT int causal_attention_forward_##NAME(                                                                   \
+        const T* q, const T* k, const T* v, T* out, const int64_t* boundaries, int64_t num_samples, int64_t longest,  \
+        int64_t heads, int64_t groups, int64_t size, int64_t window, int64_t threads) {                               \
+        return guarded([&] {                                                                                          \
+            causal_attention_forward(q, k, v, out, boundaries, num_samples, longest,                                  \
+                                     Shape(heads, groups, size, window), threads);                                    \
+        });                                                                                                           \
+    }                                                                                                                 \
+    MOE_EXPORT int causal_attention_backward_##NAME(const T* d_out, const T* q, const T* k, const T* v, T* dq, T* dk, \
+                                                    T* dv, const int64_t* boundaries, int64_t num_samples,            \
+                                                    int64_t longest, int64_t heads, int64_t groups, int64_t size,     \
+                                                    int64_t window, int64_t threads) {                                \
+        return guarded([&] {                                                                                          \
+            causal_attention_backward(d_out, q, k, v, dq, dk, dv, boundaries, num_samples, longest,                   \
+                                      Shape(heads, groups, size, window), threads);                                   \
+        });                                                                                                           \
     }
 MOE_CAUSAL_ATTENTION(float, float32)
 MOE_CAUSAL_ATTENTION(bfloat16, bfloat16)

@@ -3,6 +3,7 @@
 Letters: T tokens, H query heads, G key-value heads, d features.
 """
 
+from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -33,8 +34,8 @@ def causal_attention_backward(
     return dq, dk, dv
 
 
-def _settings(q: Tensor, k: Tensor, boundaries: Sequence[int], window: int | None) -> tuple[Tensor | int, ...]:
+def _settings(q: Tensor, k: Tensor, boundaries: Sequence[int], window: int | None) -> "tuple[array[int] | int, ...]":
     """What follows the tensors in C++."""
     longest = max((end - start for start, end in pairwise(boundaries)), default=0)
     _, heads, size = q.shape
-    return torch.tensor(boundaries), len(boundaries) - 1, longest, heads, k.shape[1], size, window or 0
+    return array("q", boundaries), len(boundaries) - 1, longest, heads, k.shape[1], size, window or 0

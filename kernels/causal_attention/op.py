@@ -1,5 +1,6 @@
 """Autograd for causal attention over samples laid end to end."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ def causal_attention(
     """Every token attends to itself and the earlier tokens of its own sample.
 
     On a GPU, float16 and bfloat16 run torch's varlen flash attention (https://arxiv.org/abs/2307.08691), one launch for
-    all samples; everything else runs as matrix products, which save q, k and v alone for backward.
+    all samples; everything else runs as compiled C++ or as matrix products, which save q, k and v alone for backward.
 
     Args:
         q: ``[T, H, d]``, samples laid end to end.
@@ -112,6 +113,10 @@ def causal_attention(
         raise ValueError(
             f"k {list(k.shape)} and v {list(v.shape)} must be [T={tokens}, G, d={size}] with G a divisor of H={heads}"
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must be of one dtype, but are {q.dtype}, {k.dtype} and {v.dtype}")
+    if any(end < start for start, end in itertools.pairwise(boundaries)):
+        raise ValueError("boundaries must not fall")
     if boundaries[0] != 0 or boundaries[-1] != tokens:
         raise ValueError(f"boundaries {boundaries[0]}..{boundaries[-1]} must be 0..T={tokens}")
     if window is not None and window < 1:

@@ -32,15 +32,16 @@ void cross_entropy_rows(T* logits, const int64_t* targets, float* nll, int64_t r
         if (!with_gradient) return;
         float inverse = 1.0f / z;
         float own_p = exp(splat(at_target - highest))[0] * inverse;
-        across(words, [&](int64_t i, auto count) { store(own + i, exp(load(own + i, count) - highest) * inverse, count); });
+        across(words,
+               [&](int64_t i, auto count) { store(own + i, exp(load(own + i, count) - highest) * inverse, count); });
         store(own + targets[row], splat(own_p - 1.0f), int64_t(1));
     });
 }
 
 #define MOE_CROSS_ENTROPY(T, NAME)                                                                              \
-    MOE_EXPORT void cross_entropy_rows_##NAME(T* logits, const int64_t* targets, float* nll, int64_t rows,      \
-                                              int64_t words, int64_t with_gradient, int64_t threads) {          \
-        cross_entropy_rows(logits, targets, nll, rows, words, with_gradient, threads);                          \
+    MOE_EXPORT int cross_entropy_rows_##NAME(T* logits, const int64_t* targets, float* nll, int64_t rows,       \
+                                             int64_t words, int64_t with_gradient, int64_t threads) {           \
+        return guarded([&] { cross_entropy_rows(logits, targets, nll, rows, words, with_gradient, threads); }); \
     }
 MOE_CROSS_ENTROPY(float, float32)
 MOE_CROSS_ENTROPY(bfloat16, bfloat16)

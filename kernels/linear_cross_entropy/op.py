@@ -62,6 +62,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
             f"hidden {list(hidden.shape)}, weight {list(weight.shape)} and targets {list(targets.shape)} "
             "must be [N, D], [V, D] and [N]"
         )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be of torch.int64, not {targets.dtype}")
     with_gradient = hidden.requires_grad and torch.is_grad_enabled()
     nll: Tensor = _linear_cross_entropy(hidden, weight, targets, with_gradient)[0]
     return nll

@@ -11,7 +11,7 @@ namespace moe {
 
 // One adapter's factors on one projection.
 struct Pair {
-    const float *lora_a, *lora_b;  // [R, I], [O, R]
+    const float *lora_a, *lora_b;       // [R, I], [O, R]
     int64_t rank, out_features, place;  // where its ranks stand among the range's
     float scaling;
 };
@@ -64,7 +64,8 @@ void pack_factors(std::vector<Range<T>>& ranges, int64_t features, int64_t threa
             for (int64_t o = 0; o < pair.out_features; ++o)
                 for (int64_t r = 0; r < pair.rank; ++r)
                     scaled[r * pair.out_features + o] = pair.lora_b[o * pair.rank + r] * pair.scaling;
-            std::fill(scaled + pair.rank * pair.out_features, scaled + whole_ranks(pair.rank) * pair.out_features, 0.0f);
+            std::fill(scaled + pair.rank * pair.out_features, scaled + whole_ranks(pair.rank) * pair.out_features,
+                      0.0f);
         }
         std::fill(end, range.stacked_a + whole_ranks(range.ranks) * features, 0.0f);
     });
@@ -77,9 +78,8 @@ void with_input(const Range<T>& range, const T* x, int64_t first, int64_t rows, 
     const T* own = x + (range.start + first) * features;
     if (!range.mask) return body(own);
     const T* mask = range.mask + first * features;
-    across(rows * features, [&](int64_t i, auto count) {
-        store(room + i, load(own + i, count) * load(mask + i, count), count);
-    });
+    across(rows * features,
+           [&](int64_t i, auto count) { store(room + i, load(own + i, count) * load(mask + i, count), count); });
     body(static_cast<const float*>(room));
 }
 
@@ -119,9 +119,8 @@ void lora_linear_forward(const T* x, const int64_t* outputs, const int64_t* widt
         const Piece& piece = pieces[task];
         const Range<T>& range = ranges[piece.range];
         int64_t rows = piece.last - piece.first, stride = range.stride();
-        with_input(range, x, piece.first, rows, features, s.x, [&](auto* input) {
-            dots(input, rows, range.stacked_a, range.ranks, features, s.lowered, stride);
-        });
+        with_input(range, x, piece.first, rows, features, s.x,
+                   [&](auto* input) { dots(input, rows, range.stacked_a, range.ranks, features, s.lowered, stride); });
         for (int64_t row = 0; row < rows; ++row)  // what is added is what backward will read
             across(range.ranks, [&](int64_t i, auto count) {
                 T* kept = range.lowered + (piece.first + row) * range.ranks + i;
@@ -129,6 +128,7 @@ void lora_linear_forward(const T* x, const int64_t* outputs, const int64_t* widt
                 store(s.lowered + row * stride + i, load(kept, count), count);
             });
         for (int64_t j = 0; j < num_projections; ++j) {
+            if (!range.pairs[j].rank) continue;
             T* y = reinterpret_cast<T*>(outputs[j]) + (range.start + piece.first) * widths[j];
             add_combination<T>(s.lowered + range.pairs[j].place, stride, rows, range.scaled_bs[j], range.pairs[j].rank,
                                widths[j], nullptr, y);
@@ -182,13 +182,13 @@ void lora_linear_backward(const T* x, const int64_t* d_outputs, const int64_t* w
                 });
             for (int64_t j = 0; j < num_projections; ++j) {  // in order: a last block reaches into the next one's place
                 const Pair& pair = range.pairs[j];
+                if (!pair.rank) continue;
                 const T* dy = reinterpret_cast<const T*>(d_outputs[j]) + (range.start + first) * widths[j];
                 dots(dy, rows, range.scaled_bs[j], pair.rank, widths[j], s.da + pair.place, stride);
                 add_outer(s.lowered + pair.place, stride, dy, rows, pair.rank, widths[j], partial.d_bs[j]);
             }
-            with_input(range, x, first, rows, features, s.x, [&](auto* input) {
-                add_outer(s.da, stride, input, rows, range.ranks, features, partial.d_a);
-            });
+            with_input(range, x, first, rows, features, s.x,
+                       [&](auto* input) { add_outer(s.da, stride, input, rows, range.ranks, features, partial.d_a); });
             if (!dx) continue;
             const T* mask = range.mask ? range.mask + first * features : nullptr;
             add_combination(s.da, stride, rows, range.stacked_a, range.ranks, features, mask,
@@ -200,13 +200,15 @@ void lora_linear_backward(const T* x, const int64_t* d_outputs, const int64_t* w
         int64_t i = task / num_projections, j = task % num_projections;
         const Pair& pair = ranges[i].pairs[j];
         if (!pair.rank) return;
-        float *d_a = reinterpret_cast<float*>(gradients[2 * task]), *d_b = reinterpret_cast<float*>(gradients[2 * task + 1]);
+        float *d_a = reinterpret_cast<float*>(gradients[2 * task]),
+              *d_b = reinterpret_cast<float*>(gradients[2 * task + 1]);
         int64_t size_a = pair.rank * features, size_b = pair.rank * pair.out_features;
         Buffer turned(size_b);
         std::fill_n(d_a, size_a, 0.0f);
         std::fill_n(static_cast<float*>(turned), size_b, 0.0f);
         auto add = [](float* to, const float* more, int64_t size) {
-            across(size, [&](int64_t k, auto count) { store(to + k, load(to + k, count) + load(more + k, count), count); });
+            across(size,
+                   [&](int64_t k, auto count) { store(to + k, load(to + k, count) + load(more + k, count), count); });
         };
         for (size_t slice = 0; slice < slices.size(); ++slice) {
             if (slices[slice].range != i) continue;
@@ -219,18 +221,22 @@ void lora_linear_backward(const T* x, const int64_t* d_outputs, const int64_t* w
     });
 }
 
-#define MOE_LORA_LINEAR(T, NAME)                                                                                       \
-    MOE_EXPORT void lora_linear_forward_##NAME(const T* x, const int64_t* outputs, const int64_t* widths,              \
-                                               const int64_t* table, const double* scalings, int64_t features,         \
-                                               int64_t num_ranges, int64_t num_projections, int64_t threads) {         \
-        lora_linear_forward(x, outputs, widths, table, scalings, features, num_ranges, num_projections, threads);      \
-    }                                                                                                                  \
-    MOE_EXPORT void lora_linear_backward_##NAME(                                                                       \
-        const T* x, const int64_t* d_outputs, const int64_t* widths, const int64_t* table, const double* scalings,     \
-        T* dx, const int64_t* gradients, int64_t features, int64_t num_ranges, int64_t num_projections,                \
-        int64_t threads) {                                                                                             \
-        lora_linear_backward(x, d_outputs, widths, table, scalings, dx, gradients, features, num_ranges,               \
-                             num_projections, threads);                                                                \
+#define MOE_LORA_LINEAR(T, NAME)                                                                                      \
+    MOE_EXPORT int lora_linear_forward_##NAME(const T* x, const int64_t* outputs, const int64_t* widths,              \
+                                              const int64_t* table, const double* scalings, int64_t features,         \
+                                              int64_t num_ranges, int64_t num_projections, int64_t threads) {         \
+        return guarded([&] {                                                                                          \
+            lora_linear_forward(x, outputs, widths, table, scalings, features, num_ranges, num_projections, threads); \
+        });                                                                                                           \
+    }                                                                                                                 \
+    MOE_EXPORT int lora_linear_backward_##NAME(const T* x, const int64_t* d_outputs, const int64_t* widths,           \
+                                               const int64_t* table, const double* scalings, T* dx,                   \
+                                               const int64_t* gradients, int64_t features, int64_t num_ranges,        \
+                                               int64_t num_projections, int64_t threads) {                            \
+        return guarded([&] {                                                                                          \
+            lora_linear_backward(x, d_outputs, widths, table, scalings, dx, gradients, features, num_ranges,          \
+                                 num_projections, threads);                                                           \
+        });                                                                                                           \
     }
 MOE_LORA_LINEAR(float, float32)
 MOE_LORA_LINEAR(bfloat16, bfloat16)

@@ -98,4 +98,4 @@ def _widths(weights: Sequence[Tensor]) -> "array[int]":
 def _like(pair: Factors) -> Factors:
     """Room for the gradients of a pair, in float32."""
     lora_a, lora_b = pair
-    return torch.empty(lora_a.shape, dtype=torch.float32), torch.empty(lora_b.shape, dtype=torch.float32)
+    return lora_a.new_empty(lora_a.shape, dtype=torch.float32), lora_b.new_empty(lora_b.shape, dtype=torch.float32)

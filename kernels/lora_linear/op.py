@@ -159,8 +159,8 @@ def lora_linear(
         x: ``[T, I]``.
         weights: frozen ``[O_j, I]`` of each projection; no gradient is computed for them.
         biases: frozen ``[O_j]`` or None, of each projection.
-        ranges: disjoint token ranges with their factors. Factors may be of a wider dtype than x: the products run in
-            x's dtype, the gradients come back in the factors'.
+        ranges: disjoint token ranges with their factors. Factors may be of a wider dtype than x: the
+            gradients come back in the factors'.
 
     Returns:
         ``[T, O_j]`` of each projection, in x's dtype.

@@ -75,9 +75,8 @@ void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
             block.tiles([&](const Tile& tile) {
                 if (s.table1.is_there) gather(group.a1, group, tile, s.a1);
                 if (s.table3.is_there) gather(group.a3, group, tile, s.a3);
-                task.columns.panels([&](int64_t offset, int64_t width) {
-                    forward_panel(group, task, block, tile, offset, width, s);
-                });
+                task.columns.panels(
+                    [&](int64_t offset, int64_t width) { forward_panel(group, task, block, tile, offset, width, s); });
                 if (!s.down.is_there) return;
                 inner_products(s.u1, tile, s.down, task.columns, s.products);
                 for (int64_t i = 0; i < tile.size; ++i)
@@ -95,11 +94,11 @@ void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
 // What comes in, and what goes out; a null for what is not there.
 template <class T>
 struct Gradients {
-    const T* dhidden;           // [T, F]
-    const T* dlowered;          // [T, ER]
-    T *dp1, *dp3;               // [T, F]
-    float* dgates;              // [T, K]
-    T* da;                      // [T, S, ER]: of a1 when there is one, then of a3
+    const T* dhidden;            // [T, F]
+    const T* dlowered;           // [T, ER]
+    T *dp1, *dp3;                // [T, F]
+    float* dgates;               // [T, K]
+    T* da;                       // [T, S, ER]: of a1 when there is one, then of a3
     float *db1, *db3, *ddown_a;  // [P, E, F, R] without the scaling, [P, E, R, F]
 };
 
@@ -189,8 +188,7 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
                 if (s.table3.is_there) gather(group.a3, group, tile, s.a3);
                 if (s.down.is_there) gather(grads.dlowered, group, tile, s.z);
                 for (int64_t i = 0; i < tile.size && s.down.is_there; ++i)
-                    for (int64_t r = i * rank; r < (i + 1) * rank; ++r)
-                        s.gz[r] = group.gates[tile.choices[i]] * s.z[r];
+                    for (int64_t r = i * rank; r < (i + 1) * rank; ++r) s.gz[r] = group.gates[tile.choices[i]] * s.z[r];
                 Vector dgates[TILE] = {};
                 task.columns.panels([&](int64_t offset, int64_t width) {
                     backward_panel(group, grads, task, block, tile, offset, width, dgates, s);
@@ -224,22 +222,26 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
     }
 }
 
-#define MOE_MIXLORA_GROUP(T)                                                                                       \
-    const T *p1, const T *p3, const T *a1, const T *a3, const float *gates, const int64_t *experts,                \
-        const int64_t *described, const float *scalings, int64_t tokens, int64_t features, int64_t num_parts,      \
+#define MOE_MIXLORA_GROUP(T)                                                                                  \
+    const T *p1, const T *p3, const T *a1, const T *a3, const float *gates, const int64_t *experts,           \
+        const int64_t *described, const float *scalings, int64_t tokens, int64_t features, int64_t num_parts, \
         int64_t num_experts, int64_t top_k, int64_t rank
-#define MOE_MIXLORA_FFN(T, NAME)                                                                                   \
-    MOE_EXPORT void mixlora_ffn_forward_##NAME(MOE_MIXLORA_GROUP(T), T* hidden, T* lowered, int64_t threads) {     \
-        forward<T>({p1, p3, a1, a3, gates, experts, described, scalings, tokens, features, num_parts, num_experts, \
-                    top_k, rank},                                                                                  \
-                   hidden, lowered, threads);                                                                      \
-    }                                                                                                              \
-    MOE_EXPORT void mixlora_ffn_backward_##NAME(MOE_MIXLORA_GROUP(T), const T* dhidden, const T* dlowered, T* dp1, \
-                                                T* dp3, float* dgates, T* da, float* db1, float* db3,              \
-                                                float* ddown_a, int64_t threads) {                                 \
-        backward<T>({p1, p3, a1, a3, gates, experts, described, scalings, tokens, features, num_parts,             \
-                     num_experts, top_k, rank},                                                                    \
-                    {dhidden, dlowered, dp1, dp3, dgates, da, db1, db3, ddown_a}, threads);                        \
+#define MOE_MIXLORA_FFN(T, NAME)                                                                                       \
+    MOE_EXPORT int mixlora_ffn_forward_##NAME(MOE_MIXLORA_GROUP(T), T* hidden, T* lowered, int64_t threads) {          \
+        return guarded([&] {                                                                                           \
+            forward<T>({p1, p3, a1, a3, gates, experts, described, scalings, tokens, features, num_parts, num_experts, \
+                        top_k, rank},                                                                                  \
+                       hidden, lowered, threads);                                                                      \
+        });                                                                                                            \
+    }                                                                                                                  \
+    MOE_EXPORT int mixlora_ffn_backward_##NAME(MOE_MIXLORA_GROUP(T), const T* dhidden, const T* dlowered, T* dp1,      \
+                                               T* dp3, float* dgates, T* da, float* db1, float* db3, float* ddown_a,   \
+                                               int64_t threads) {                                                      \
+        return guarded([&] {                                                                                           \
+            backward<T>({p1, p3, a1, a3, gates, experts, described, scalings, tokens, features, num_parts,             \
+                         num_experts, top_k, rank},                                                                    \
+                        {dhidden, dlowered, dp1, dp3, dgates, da, db1, db3, ddown_a}, threads);                        \
+        });                                                                                                            \
     }
 MOE_MIXLORA_FFN(float, float32)
 MOE_MIXLORA_FFN(bfloat16, bfloat16)

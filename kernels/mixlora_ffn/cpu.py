@@ -37,11 +37,11 @@ def group_backward(
     tokens, all_ranks = inputs.all_ranks
     dp1, dp3 = torch.empty_like(inputs.p1), torch.empty_like(inputs.p1)
     da = dp1.new_empty(tokens, len(group.parts[0].reading_x) * all_ranks)
-    dgates = torch.empty(group.gates.shape, dtype=torch.float32)
+    dgates = dp1.new_empty(group.gates.shape, dtype=torch.float32)
     stacks, features = (len(group.parts), group.num_experts), dp1.shape[1]
     of_b, of_a = (*stacks, features, group.rank), (*stacks, group.rank, features)
     db1, db3, d_down_a = (
-        torch.empty(shape, dtype=torch.float32) if is_there else None
+        dp1.new_empty(shape, dtype=torch.float32) if is_there else None
         for shape, is_there in ((of_b, a1 is not None), (of_b, a3 is not None), (of_a, has_down))
     )
     upstream = dhidden.contiguous(), dlowered.contiguous() if dlowered is not None else None
@@ -63,6 +63,8 @@ class _Inputs:
     def __init__(self, group: FfnGroup, a1: Tensor | None, a3: Tensor | None, has_down: bool = True) -> None:
         self.p1 = group.p1.contiguous()
         self.all_ranks = self.p1.shape[0], group.num_experts * group.rank
+        if group.experts.numel() and not 0 <= group.experts.min() <= group.experts.max() < group.num_experts:
+            raise IndexError(f"experts must be in 0..E-1={group.num_experts - 1}")
         described = array("q")
         self._alive: list[Tensor | None] = []  # what only addresses speak of
         for part in group.parts:
@@ -80,6 +82,6 @@ class _Inputs:
         self.arguments = (
             *(self.p1, group.p3.contiguous()),
             *(None if a is None else a.contiguous() for a in (a1, a3)),
-            *(group.gates.to(torch.float32).contiguous(), group.experts.contiguous()),
+            *(group.gates.to(torch.float32).contiguous(), group.experts.to(torch.int64).contiguous()),
             *(described, scalings, *self.p1.shape, *sizes),
         )

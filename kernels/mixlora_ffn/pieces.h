@@ -46,8 +46,8 @@ struct Group {
         for (int64_t i = 0; i < num_parts; ++i) {
             const int64_t* own = described + 5 * i;
             auto floats = [&](int field) { return reinterpret_cast<const float*>(own[field]); };
-            found.push_back({start, start + own[0], floats(1), floats(2), floats(3),
-                             reinterpret_cast<const T*>(own[4]), scalings[i]});
+            found.push_back({start, start + own[0], floats(1), floats(2), floats(3), reinterpret_cast<const T*>(own[4]),
+                             scalings[i]});
             start += own[0];
         }
         return found;
@@ -126,11 +126,7 @@ struct Table {
 
     template <class T>
     Table(const Group<T>& group, const Chunks& chunks)
-        : experts(group.num_experts),
-          rank(group.rank),
-          features(group.features),
-          width(chunks.width),
-          memory(size()) {}
+        : experts(group.num_experts), rank(group.rank), features(group.features), width(chunks.width), memory(size()) {}
 
     int64_t size() const { return experts * rank * width; }
 

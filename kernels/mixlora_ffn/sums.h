@@ -56,9 +56,8 @@ struct Shares {
                 std::memset(to + t * stride, 0, group.all_ranks() * sizeof(T));
                 for (int64_t choice = t * group.top_k; choice < (t + 1) * group.top_k; ++choice) {
                     T* own = to + t * stride + group.experts[choice] * size;
-                    across(size, [&](int64_t i, auto count) {
-                        store(own + i, total(choice, i, count) * factor, count);
-                    });
+                    across(size,
+                           [&](int64_t i, auto count) { store(own + i, total(choice, i, count) * factor, count); });
                 }
             }
         });

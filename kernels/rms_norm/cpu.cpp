@@ -60,18 +60,19 @@ void rms_norm_backward(const T* dy, const T* x, const T* weight, const float* rs
     });
 }
 
-#define MOE_RMS_NORM(T, NAME)                                                                                     \
-    MOE_EXPORT void rms_norm_forward_##NAME(const T* x, const T* weight, T* y, float* rstd, int64_t rows,         \
-                                            int64_t features, double eps, int64_t threads) {                      \
-        rms_norm_forward(x, weight, y, rstd, rows, features, static_cast<float>(eps), threads);                   \
-    }                                                                                                             \
-    MOE_EXPORT void rms_norm_scaled_##NAME(const T* x, const float* rstd, const T* weight, T* y, int64_t rows,    \
-                                           int64_t features, int64_t threads) {                                   \
-        rms_norm_scaled(x, rstd, weight, y, rows, features, threads);                                             \
-    }                                                                                                             \
-    MOE_EXPORT void rms_norm_backward_##NAME(const T* dy, const T* x, const T* weight, const float* rstd, T* dx,  \
-                                             int64_t rows, int64_t features, int64_t threads) {                   \
-        rms_norm_backward(dy, x, weight, rstd, dx, rows, features, threads);                                      \
+#define MOE_RMS_NORM(T, NAME)                                                                                   \
+    MOE_EXPORT int rms_norm_forward_##NAME(const T* x, const T* weight, T* y, float* rstd, int64_t rows,        \
+                                           int64_t features, double eps, int64_t threads) {                     \
+        return guarded(                                                                                         \
+            [&] { rms_norm_forward(x, weight, y, rstd, rows, features, static_cast<float>(eps), threads); });   \
+    }                                                                                                           \
+    MOE_EXPORT int rms_norm_scaled_##NAME(const T* x, const float* rstd, const T* weight, T* y, int64_t rows,   \
+                                          int64_t features, int64_t threads) {                                  \
+        return guarded([&] { rms_norm_scaled(x, rstd, weight, y, rows, features, threads); });                  \
+    }                                                                                                           \
+    MOE_EXPORT int rms_norm_backward_##NAME(const T* dy, const T* x, const T* weight, const float* rstd, T* dx, \
+                                            int64_t rows, int64_t features, int64_t threads) {                  \
+        return guarded([&] { rms_norm_backward(dy, x, weight, rstd, dx, rows, features, threads); });           \
     }
 MOE_RMS_NORM(float, float32)
 MOE_RMS_NORM(bfloat16, bfloat16)

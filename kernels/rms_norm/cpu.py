@@ -17,7 +17,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     """As the reference's."""
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
-    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _forward(x.dtype, x, weight, y, rstd, rstd.numel(), x.shape[-1], eps)
     return y, rstd
 

@@ -25,12 +25,14 @@ void rotary_forward(const T* x, const float* cos, const float* sin, T* y, int64_
     });
 }
 
-#define MOE_ROTARY(T, NAME)                                                                                       \
-    MOE_EXPORT void rotary_forward_##NAME(const T* x, const float* cos, const float* sin, T* y, int64_t tokens,   \
-                                          int64_t heads, int64_t size, int64_t token_stride, int64_t head_stride, \
-                                          double sign, int64_t threads) {                                         \
-        rotary_forward(x, cos, sin, y, tokens, heads, size, token_stride, head_stride, static_cast<float>(sign),  \
-                       threads);                                                                                  \
+#define MOE_ROTARY(T, NAME)                                                                                          \
+    MOE_EXPORT int rotary_forward_##NAME(const T* x, const float* cos, const float* sin, T* y, int64_t tokens,       \
+                                         int64_t heads, int64_t size, int64_t token_stride, int64_t head_stride,     \
+                                         double sign, int64_t threads) {                                             \
+        return guarded([&] {                                                                                         \
+            rotary_forward(x, cos, sin, y, tokens, heads, size, token_stride, head_stride, static_cast<float>(sign), \
+                           threads);                                                                                 \
+        });                                                                                                          \
     }
 MOE_ROTARY(float, float32)
 MOE_ROTARY(bfloat16, bfloat16)

@@ -1,6 +1,5 @@
 """Rotary position embedding in compiled C++."""
 
-import torch
 from torch import Tensor
 
 from ..compiled import CompiledFunction
@@ -13,6 +12,6 @@ def rotary_forward(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -
     if x.stride(2) != 1:
         x = x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     _forward(x.dtype, x, cos, sin, y, *x.shape, x.stride(0), x.stride(1), -1.0 if back else 1.0)
     return y

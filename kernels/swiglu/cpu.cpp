@@ -29,13 +29,13 @@ void swiglu_backward(const T* dh, const T* gate, const T* up, T* dgate, T* dup, 
     });
 }
 
-#define MOE_SWIGLU(T, NAME)                                                                                         \
-    MOE_EXPORT void swiglu_forward_##NAME(const T* gate, const T* up, T* h, int64_t size, int64_t threads) {        \
-        swiglu_forward(gate, up, h, size, threads);                                                                 \
-    }                                                                                                               \
-    MOE_EXPORT void swiglu_backward_##NAME(const T* dh, const T* gate, const T* up, T* dgate, T* dup, int64_t size, \
-                                           int64_t threads) {                                                       \
-        swiglu_backward(dh, gate, up, dgate, dup, size, threads);                                                   \
+#define MOE_SWIGLU(T, NAME)                                                                                        \
+    MOE_EXPORT int swiglu_forward_##NAME(const T* gate, const T* up, T* h, int64_t size, int64_t threads) {        \
+        return guarded([&] { swiglu_forward(gate, up, h, size, threads); });                                       \
+    }                                                                                                              \
+    MOE_EXPORT int swiglu_backward_##NAME(const T* dh, const T* gate, const T* up, T* dgate, T* dup, int64_t size, \
+                                          int64_t threads) {                                                       \
+        return guarded([&] { swiglu_backward(dh, gate, up, dgate, dup, size, threads); });                         \
     }
 MOE_SWIGLU(float, float32)
 MOE_SWIGLU(bfloat16, bfloat16)

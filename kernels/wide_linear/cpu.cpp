@@ -35,23 +35,24 @@ void wide_linear_backward(const float* dy, const T* x, const float* weight, T* d
     Buffer whole = in_blocks(weight, outputs, features);
     int64_t stride = whole_ranks(outputs), slices = (rows + SLICE - 1) / SLICE;
     std::vector<Buffer> partials(slices);
-    parallel_with(slices, threads, [&] { return Buffer(TILE * stride); }, [&](int64_t task, Buffer& own_dy) {
-        if (d_weight) {
-            partials[task] = Buffer(stride * features);
-            std::fill_n(static_cast<float*>(partials[task]), stride * features, 0.0f);
-        }
-        for (int64_t first = task * SLICE, last = std::min(rows, first + SLICE); first < last; first += TILE) {
-            int64_t count = std::min(TILE, last - first);
-            for (int64_t row = 0; row < count; ++row)
-                std::copy_n(dy + (first + row) * outputs, outputs, own_dy + row * stride);
-            if (d_weight)
-                add_outer(own_dy, stride, x + first * features, count, outputs, features, partials[task]);
-            if (dx) {
-                std::memset(static_cast<void*>(dx + first * features), 0, count * features * sizeof(T));
-                add_combination<T>(own_dy, stride, count, whole, outputs, features, nullptr, dx + first * features);
+    parallel_with(
+        slices, threads, [&] { return Buffer(TILE * stride); },
+        [&](int64_t task, Buffer& own_dy) {
+            if (d_weight) {
+                partials[task] = Buffer(stride * features);
+                std::fill_n(static_cast<float*>(partials[task]), stride * features, 0.0f);
             }
-        }
-    });
+            for (int64_t first = task * SLICE, last = std::min(rows, first + SLICE); first < last; first += TILE) {
+                int64_t count = std::min(TILE, last - first);
+                for (int64_t row = 0; row < count; ++row)
+                    std::copy_n(dy + (first + row) * outputs, outputs, own_dy + row * stride);
+                if (d_weight) add_outer(own_dy, stride, x + first * features, count, outputs, features, partials[task]);
+                if (dx) {
+                    std::memset(static_cast<void*>(dx + first * features), 0, count * features * sizeof(T));
+                    add_combination<T>(own_dy, stride, count, whole, outputs, features, nullptr, dx + first * features);
+                }
+            }
+        });
     if (!d_weight) return;
     std::fill_n(d_weight, outputs * features, 0.0f);
     for (const Buffer& partial : partials)
@@ -60,15 +61,15 @@ void wide_linear_backward(const float* dy, const T* x, const float* weight, T* d
         });
 }
 
-#define MOE_WIDE_LINEAR(T, NAME)                                                                                    \
-    MOE_EXPORT void wide_linear_forward_##NAME(const T* x, const float* weight, float* y, int64_t rows,             \
-                                               int64_t features, int64_t outputs, int64_t threads) {                \
-        wide_linear_forward(x, weight, y, rows, features, outputs, threads);                                        \
-    }                                                                                                               \
-    MOE_EXPORT void wide_linear_backward_##NAME(const float* dy, const T* x, const float* weight, T* dx,            \
-                                                float* d_weight, int64_t rows, int64_t features, int64_t outputs,   \
-                                                int64_t threads) {                                                  \
-        wide_linear_backward(dy, x, weight, dx, d_weight, rows, features, outputs, threads);                        \
+#define MOE_WIDE_LINEAR(T, NAME)                                                                                      \
+    MOE_EXPORT int wide_linear_forward_##NAME(const T* x, const float* weight, float* y, int64_t rows,                \
+                                              int64_t features, int64_t outputs, int64_t threads) {                   \
+        return guarded([&] { wide_linear_forward(x, weight, y, rows, features, outputs, threads); });                 \
+    }                                                                                                                 \
+    MOE_EXPORT int wide_linear_backward_##NAME(const float* dy, const T* x, const float* weight, T* dx,               \
+                                               float* d_weight, int64_t rows, int64_t features, int64_t outputs,      \
+                                               int64_t threads) {                                                     \
+        return guarded([&] { wide_linear_backward(dy, x, weight, dx, d_weight, rows, features, outputs, threads); }); \
     }
 MOE_WIDE_LINEAR(float, float32)
 MOE_WIDE_LINEAR(bfloat16, bfloat16)

@@ -15,7 +15,7 @@ _backward = CompiledFunction("wide_linear_backward", "pppppiii")
 def wide_linear_forward(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` of ``[N, D]`` and a float32 ``[E, D]``, without a converted copy of x."""
     x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    y = weight.new_empty(x.shape[0], weight.shape[0])
     _forward(x.dtype, x, weight, y, *x.shape, weight.shape[0])
     return y
 

@@ -99,7 +99,7 @@ class Trainer:
         self.model.activation_checkpointing_ = config.activation_checkpointing
         if self.model.dtype == torch.float16 and self.model.device.type == "cpu":
             self._say("Warning: CPUs multiply float16 matrices very slowly; dtype bfloat16 or float32 is far faster")
-        if self.model.device.type == "cpu":
+        elif self.model.device.type == "cpu" and self.model.dtype != torch.float64:
             if ops.needs_compiling():
                 self._say("Compiling the CPU's operations, once for this machine")
             if problem := ops.compiled_library().problem:
