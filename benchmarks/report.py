@@ -183,8 +183,30 @@ def methods_table(rows: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
+def kernels_table(rows: Sequence[Row]) -> str:
+    """Every operation beside its reference and the naive way."""
+
+    def beside(figures: Mapping[str, Any], way: str) -> str:
+        return _times(figures["over_ours"][way]) if way in figures["over_ours"] else ""
+
+    lines = [
+        [
+            f"{row['op']}, {row['dtype']}, {row['shape']}: {what}",
+            f"{row[what]['ms']['ours']['median']:.2f} ms",
+            beside(row[what], "reference"),
+            beside(row[what], "naive"),
+        ]
+        for row in rows
+        for what in ("forward", "forward+backward")
+    ]
+    return markdown(["operation", "ours", "reference / ours", "naive / ours"], lines)
+
+
 # What a page of docs/ shows between the same markers.
-PAGES: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {"methods.md": {"methods": methods_table}}
+PAGES: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {
+    "methods.md": {"methods": methods_table},
+    "performance.md": {"kernels": kernels_table},
+}
 # What the README shows, in this order.
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "peers": peers_table,
