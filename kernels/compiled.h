@@ -118,6 +118,14 @@ MOE_INLINE void store(T* to, Vector x, int64_t count) {
 MOE_INLINE Vector through(const float*, Vector x) { return x; }
 MOE_INLINE Vector through(const bfloat16*, Vector x) { return widened(rounded(x)); }
 
+// Zeros behind the first `count`.
+MOE_INLINE Vector first(Vector x, Whole) { return x; }
+MOE_INLINE Vector first(Vector x, int64_t count) {
+    float part[W];
+    store(part, x, Whole());
+    return load(part, count);
+}
+
 // Calls `body(i, count)` for the vectors of `n` numbers; the count of all but the last is `Whole`.
 template <class Body>
 MOE_INLINE void across(int64_t n, Body body) {
@@ -245,5 +253,15 @@ struct Buffer {
     explicit Buffer(int64_t size) : memory(new (std::align_val_t(64)) float[size]) {}
     operator float*() const { return memory.get(); }
 };
+
+inline Buffer zeros(int64_t size) {
+    Buffer buffer(size);
+    std::fill_n(static_cast<float*>(buffer), size, 0.0f);
+    return buffer;
+}
+
+inline void add(float* to, const float* more, int64_t size) {
+    across(size, [&](int64_t i, auto count) { store(to + i, load(to + i, count) + load(more + i, count), count); });
+}
 
 }  // namespace moe

@@ -4,7 +4,7 @@
 Zen 5: 180 against 400 GFLOP/s); 16-bit types go to oneDNN already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,6 +43,14 @@ def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         rows, columns = _whole_tiles(a, b.T)
         out.addmm_(rows, columns.T)
+
+
+def summed_matmuls(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The sum of ``a_j b_j`` of ``[rows, I_j]`` and ``[I_j, O]``, in memory of its own."""
+    out = matmul(factors[0], weights[0])
+    for factor, weight in zip(factors[1:], weights[1:], strict=True):
+        add_matmul_(out, factor, weight)
+    return out
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

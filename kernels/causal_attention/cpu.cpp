@@ -89,9 +89,7 @@ inline void exponentials(float* scores, int64_t stride, const Block& block, cons
         most = std::max(most, largest(highest));
         Vector total{};
         across(high - low, [&](int64_t i, auto count) {
-            Vector p = exp(load(own + low + i, count) - most);
-            if constexpr (!std::is_same_v<decltype(count), Whole>)
-                for (int64_t k = count; k < W; ++k) p[k] = 0;
+            Vector p = first(exp(load(own + low + i, count) - most), count);
             store(own + low + i, p, count);
             total += p;
         });

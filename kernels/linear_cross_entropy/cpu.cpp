@@ -21,12 +21,7 @@ void cross_entropy_rows(T* logits, const int64_t* targets, float* nll, int64_t r
         });
         float highest = largest(most);
         Vector sums{};
-        across(words, [&](int64_t i, auto count) {
-            Vector p = exp(load(own + i, count) - highest);
-            if constexpr (!std::is_same_v<decltype(count), Whole>)
-                for (int64_t k = count; k < W; ++k) p[k] = 0;
-            sums += p;
-        });
+        across(words, [&](int64_t i, auto count) { sums += first(exp(load(own + i, count) - highest), count); });
         float z = sum(sums), at_target = load(own + targets[row], int64_t(1))[0];
         nll[row] = std::log(z) + highest - at_target;
         if (!with_gradient) return;

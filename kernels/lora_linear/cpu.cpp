@@ -144,11 +144,6 @@ struct Partial {
 
 template <class T>
 Partial nothing_for(const Range<T>& range, int64_t features) {
-    auto zeros = [](int64_t size) {
-        Buffer buffer(size);
-        std::fill_n(static_cast<float*>(buffer), size, 0.0f);
-        return buffer;
-    };
     Partial partial{zeros(whole_ranks(range.ranks) * features), {}};
     for (const Pair& pair : range.pairs) partial.d_bs.push_back(zeros(whole_ranks(pair.rank) * pair.out_features));
     return partial;
@@ -203,13 +198,8 @@ void lora_linear_backward(const T* x, const int64_t* d_outputs, const int64_t* w
         float *d_a = reinterpret_cast<float*>(gradients[2 * task]),
               *d_b = reinterpret_cast<float*>(gradients[2 * task + 1]);
         int64_t size_a = pair.rank * features, size_b = pair.rank * pair.out_features;
-        Buffer turned(size_b);
+        Buffer turned = zeros(size_b);
         std::fill_n(d_a, size_a, 0.0f);
-        std::fill_n(static_cast<float*>(turned), size_b, 0.0f);
-        auto add = [](float* to, const float* more, int64_t size) {
-            across(size,
-                   [&](int64_t k, auto count) { store(to + k, load(to + k, count) + load(more + k, count), count); });
-        };
         for (size_t slice = 0; slice < slices.size(); ++slice) {
             if (slices[slice].range != i) continue;
             add(d_a, partials[slice].d_a + pair.place * features, size_a);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import CompiledFunction
-from ..products import add_matmul_, linear, matmul
+from ..products import linear, summed_matmuls
 from .ranges import Factors, Gradients, LoraRange
 
 _forward = CompiledFunction("lora_linear_forward", "pppppiii")
@@ -41,11 +41,7 @@ def lora_linear_backward(
     needs_dx: bool,
 ) -> tuple[Tensor | None, Gradients]:
     """As the reference's, with every row of x and of the outputs' gradients read once for all factors."""
-    dx = None
-    if needs_dx:
-        dx = matmul(d_outputs[0], weights[0])
-        for dy, weight in zip(d_outputs[1:], weights[1:], strict=True):
-            add_matmul_(dx, dy, weight)
+    dx = summed_matmuls(d_outputs, weights) if needs_dx else None
     x, d_outputs = x.contiguous(), [dy.contiguous() for dy in d_outputs]
     table = _Table(ranges, lowered, x.dtype)
     found = [[None if pair is None else _like(pair) for pair in part.factors] for part in ranges]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..products import add_matmul_, linear, matmul
+from ..products import linear, summed_matmuls
 from .ranges import Gradients, LoraRange
 from .teams import product, teams
 
@@ -59,11 +59,7 @@ def lora_linear_backward(
         dx ``[T, I]`` (None unless needed) and the factors' gradients in the factors' dtype.
     """
     dtype = x.dtype
-    dx = None
-    if needs_dx:
-        dx = matmul(d_outputs[0], weights[0])
-        for dy, weight in zip(d_outputs[1:], weights[1:], strict=True):
-            add_matmul_(dx, dy, weight)
+    dx = summed_matmuls(d_outputs, weights) if needs_dx else None
     gradients: Gradients = []
     rest = iter(lowered)
     for team in teams(ranges, dtype):

@@ -8,14 +8,6 @@
 
 namespace moe::mixlora_ffn {
 
-// Zeros behind the first `count`.
-MOE_INLINE Vector first(Vector x, Whole) { return x; }
-MOE_INLINE Vector first(Vector x, int64_t count) {
-    float part[W];
-    store(part, x, Whole());
-    return load(part, count);
-}
-
 template <int CHOICES, int ROWS>
 void few_products(const float* tile, const float* table, int64_t table_panel, const Columns& columns, float* to,
                   int64_t stride) {

@@ -38,10 +38,7 @@ void wide_linear_backward(const float* dy, const T* x, const float* weight, T* d
     parallel_with(
         slices, threads, [&] { return Buffer(TILE * stride); },
         [&](int64_t task, Buffer& own_dy) {
-            if (d_weight) {
-                partials[task] = Buffer(stride * features);
-                std::fill_n(static_cast<float*>(partials[task]), stride * features, 0.0f);
-            }
+            if (d_weight) partials[task] = zeros(stride * features);
             for (int64_t first = task * SLICE, last = std::min(rows, first + SLICE); first < last; first += TILE) {
                 int64_t count = std::min(TILE, last - first);
                 for (int64_t row = 0; row < count; ++row)
@@ -55,10 +52,7 @@ void wide_linear_backward(const float* dy, const T* x, const float* weight, T* d
         });
     if (!d_weight) return;
     std::fill_n(d_weight, outputs * features, 0.0f);
-    for (const Buffer& partial : partials)
-        across(outputs * features, [&](int64_t i, auto count) {
-            store(d_weight + i, load(d_weight + i, count) + load(partial + i, count), count);
-        });
+    for (const Buffer& partial : partials) add(d_weight, partial, outputs * features);
 }
 
 #define MOE_WIDE_LINEAR(T, NAME)                                                                                      \
