@@ -149,7 +149,7 @@ def test_bad_files_in_the_inbox_are_refused_and_hurt_nobody(
     config = write_config(tmp_path / "config.yaml", base, adapter_entry("qa", data, max_steps=ENDLESS))
     processes.append(process := start("-m", "moe_peft.train", config))
     wait_for(run, "qa", lambda job: job.step >= 1, process)
-    inbox = Inbox(run)
+    inbox, elsewhere = Inbox(run), Inbox(tmp_path / "elsewhere")
     inbox.folder.mkdir(exist_ok=True)
     torn = f"{1:020d}-00000000"
     (inbox.folder / f"{torn}.json").write_text('{"version": 1, "act')
@@ -160,10 +160,12 @@ def test_bad_files_in_the_inbox_are_refused_and_hurt_nobody(
     with inbox.lock():
         inbox.put_job(qa)
         inbox.put_job(dataclasses.replace(qa, name="nodata", data="/nowhere/train.jsonl"))
-        before = set(inbox.folder.glob("*.json"))
-        inbox.put_job(dataclasses.replace(qa, name="badtarget", adapter=foreign))
-        (made,) = set(inbox.folder.glob("*.json")) - before
+        # Spoiled aside, then moved in whole: the run may take a file the moment it is in the inbox.
+        with elsewhere.lock():
+            elsewhere.put_job(dataclasses.replace(qa, name="badtarget", adapter=foreign))
+        (made,) = elsewhere.folder.glob("*.json")
         made.write_text(made.read_text().replace('"q_proj"', '"w_proj"'))
+        made.rename(inbox.folder / made.name)
         inbox.put_stop("nobody")
     for name, words in ((torn, "cannot be read"), ("nodata", "no data file"), ("badtarget", "w_proj")):
         job = wait_for(run, name, lambda job: job.state == "refused", process)
