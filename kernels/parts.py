@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .invariance import is_batch_invariant
 from .products import linear, matmul
 
 
@@ -58,4 +59,5 @@ def columns_by_part(values: Tensor, places: Tensor | None, width: int, lengths: 
 
 def _batched(x: Tensor, lengths: Sequence[int]) -> bool:
     """16-bit batches are oneDNN's; those of float32 would be MKL's (see ``products``)."""
-    return len(lengths) > 1 and x.element_size() == 2 and min(lengths) == max(lengths) > 0
+    is_wanted = len(lengths) > 1 and x.element_size() == 2 and not is_batch_invariant()
+    return is_wanted and min(lengths) == max(lengths) > 0

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .invariance import is_batch_invariant
+
 # Tokens from which a forward product goes to oneDNN. For the few of generation there is nothing to gain, and MKL's
 # results depend less on how many are multiplied at once: neighbours in a batch move logits less.
 MANY = 128
@@ -17,11 +19,13 @@ MANY = 128
 # next row, and multiply what they find by zero. From a row with a NaN or an infinity that makes a NaN in the row before
 # it, which may be another adapter's. Seen with torch 2.13; rows of these lengths are filled up to whole tiles instead.
 SAFE_LENGTH, TILE = 8, 32
+# Rows of a product where the number of all rows must not decide how it is added up.
+ROWS_AT_A_TIME = 128
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` of ``[tokens, I]`` and ``[O, I]``; either may be a transposed view."""
-    if x.shape[0] >= MANY:
+    if x.shape[0] >= MANY or is_batch_invariant():
         return _product(x, weight, bias)
     return torch.nn.functional.linear(*_whole_tiles(x, weight), bias)
 
@@ -38,7 +42,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out += a b``, by the product itself where its library is the faster one: so it costs no pass of its own."""
-    if out.dtype == torch.float32 and out.device.type == "cpu":
+    if is_batch_invariant() or (out.dtype == torch.float32 and out.device.type == "cpu"):
         out.add_(matmul(a, b))
     else:
         rows, columns = _whole_tiles(a, b.T)
@@ -54,6 +58,14 @@ def summed_matmuls(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tens
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not is_batch_invariant() or not x.shape[0]:
+        return _whole_product(x, weight, bias)
+    short = -x.shape[0] % ROWS_AT_A_TIME
+    tiles = torch.nn.functional.pad(x, (0, 0, 0, short)).contiguous().split(ROWS_AT_A_TIME)
+    return torch.cat([_whole_product(tile, weight, bias) for tile in tiles])[: x.shape[0]]
+
+
+def _whole_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if on_onednn and x.numel() and weight.numel():  # it takes no empty operand
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

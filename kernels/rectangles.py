@@ -94,11 +94,14 @@ def _places(rectangle: Rectangle, device: torch.device) -> _Places:
 
 
 @functools.lru_cache(maxsize=16)
-def rectangles(boundaries: tuple[int, ...]) -> tuple[Rectangle, ...]:
+def rectangles(boundaries: tuple[int, ...], apart: bool = False) -> tuple[Rectangle, ...]:
     """All samples, each in one rectangle; ``boundaries`` are the first token of every sample, then T.
 
-    Short samples share a rectangle until their padding would cost more than the launches that sharing saves.
+    Short samples share a rectangle until their padding would cost more than the launches that sharing saves, or none
+    shares any if they are to stay ``apart``.
     """
+    if apart:
+        return tuple(Rectangle(((start, end),), end - start) for start, end in pairwise(boundaries) if end > start)
     runs: list[list[tuple[int, int]]] = []
     for start, end in pairwise(boundaries):
         if runs and runs[-1][0][1] - runs[-1][0][0] == end - start:

@@ -3,6 +3,7 @@
 from moe_peft.kernels.cache_folder import cache_folder
 from moe_peft.kernels.causal_attention.op import causal_attention
 from moe_peft.kernels.compiled import compiled_library, needs_compiling
+from moe_peft.kernels.invariance import batch_invariant, is_batch_invariant
 from moe_peft.kernels.linear_cross_entropy.op import linear_cross_entropy
 from moe_peft.kernels.lora_linear.op import lora_linear
 from moe_peft.kernels.lora_linear.ranges import LoraRange
@@ -19,9 +20,11 @@ __all__ = [
     "FfnPart",
     "LoraRange",
     "Recomputable",
+    "batch_invariant",
     "cache_folder",
     "causal_attention",
     "compiled_library",
+    "is_batch_invariant",
     "linear_cross_entropy",
     "lora_linear",
     "mixlora_ffn_group",

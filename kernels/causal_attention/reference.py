@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..invariance import is_batch_invariant
 from ..products import matmul_t, products_of_16_bits
 from ..rectangles import rectangles
 
@@ -46,7 +47,7 @@ def causal_attention_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequen
     """
     wide = _wide(q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for rectangle in rectangles(tuple(boundaries)):
+    for rectangle in rectangles(tuple(boundaries), is_batch_invariant()):
         room = rectangle.room(out)
         tensors = [rectangle.take(x) for x in (q, k, v)]  # [B, L, ...]
         for q_part, k_part, v_part, out_part in _batches(*tensors, room):
@@ -84,7 +85,7 @@ def causal_attention_backward(
     """
     wide, scale = _wide(q.dtype), q.shape[2] ** -0.5
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    for rectangle in rectangles(tuple(boundaries)):
+    for rectangle in rectangles(tuple(boundaries), is_batch_invariant()):
         rooms = [rectangle.room(x) for x in gradients]
         tensors = [rectangle.take(x) for x in (q, k, v)]  # [B, L, ...]
         for q_part, k_part, v_part, d_part, dq_part, dk_part, dv_part in _batches(

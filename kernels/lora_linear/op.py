@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import runs_compiled
-from ..frozen_linear.op import frozen_linear
+from ..frozen_linear.op import frozen_linears
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator, runs_kernel
@@ -166,6 +166,6 @@ def lora_linear(
         ``[T, O_j]`` of each projection, in x's dtype.
     """
     if not ranges:
-        return [frozen_linear(x.value, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return frozen_linears(x.value, weights, biases)
     results: Sequence[Tensor] = _lora_linear(x, weights, biases, ranges)
     return list(results[: len(weights)])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..invariance import is_batch_invariant
 from ..products import linear
 from ..rectangles import Rectangle
 from .ranges import Factors, Gradients, LoraRange
@@ -46,6 +47,8 @@ def teams(ranges: Sequence[LoraRange], dtype: torch.dtype) -> Iterator["Team"]:
 def _takes(gathered: Sequence[LoraRange], part: LoraRange, dtype: torch.dtype) -> bool:
     """Whether a range may join those before it."""
     last = gathered[-1]
+    if is_batch_invariant():
+        return False
     if last.end != part.start or last.ranks != part.ranks or (last.mask is None) != (part.mask is None):
         return False
     lengths = [other.end - other.start for other in (*gathered, part)]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import runs_compiled
+from ..invariance import is_batch_invariant
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator, runs_kernel
@@ -240,6 +241,6 @@ def _raised(lowered: Tensor, raising: list[Tensor], lengths: list[int]) -> Tenso
     """Each part's C ``[N, ER]`` times its ``s B2^T`` ``[ER, D]``; autograd differentiates it."""
     if len(lengths) == 1:
         return lowered @ raising[0]
-    if min(lengths) == max(lengths):
+    if min(lengths) == max(lengths) and not is_batch_invariant():
         return (lowered.unflatten(0, (len(lengths), -1)) @ torch.stack(raising)).flatten(0, 1)
     return torch.cat([own @ b for own, b in zip(lowered.split(lengths), raising, strict=True)])

@@ -96,12 +96,12 @@ class ForwardBatch:
     runs: tuple[AttentionRun, ...] = ()
     _masks: dict[tuple[int, int, str], Tensor] = field(default_factory=dict, repr=False)
 
-    def narrowed(self, firsts: Sequence[int]) -> "ForwardBatch":
+    def narrowed(self, firsts: Sequence[int], always: bool = False) -> "ForwardBatch":
         """The batch of the tokens from ``firsts[i]`` of sample i on; at least one of every sample.
 
-        Nothing is dropped where all are zero: then it is this batch itself.
+        Nothing is dropped where all are zero: then it is this batch itself, unless a new one is ``always`` wanted.
         """
-        if not any(firsts):
+        if not any(firsts) and not always:
             return self
         starts = [edge + first for edge, first in zip(self.boundaries, firsts, strict=False)]
         kept = list(zip(starts, self.boundaries[1:], strict=True))

@@ -216,12 +216,13 @@ class LlamaForCausalLM(AdapterHost):
         ]
         # Over long samples, one launch for all beats a masked one a sample, unless that has far less to do.
         longest = max(end - start for start, end in itertools.pairwise(batch.boundaries))
-        few_dropped = longest > LONG_SAMPLE and sum(asking_firsts) < batch.boundaries[-1] / 2
+        alike = ops.is_batch_invariant()  # then neighbours decide nothing
+        few_dropped = longest > LONG_SAMPLE and sum(asking_firsts) < batch.boundaries[-1] / 2 and not alike
         if self.device.type != "cpu" or few_dropped:
             asking_firsts = [0] * len(firsts)
-        asking = batch.narrowed(asking_firsts)
+        asking = batch.narrowed(asking_firsts, always=alike)
         rest = [first - asked for first, asked in zip(firsts, asking_firsts, strict=True)]
-        return asking, asking.narrowed(rest)
+        return asking, asking.narrowed(rest, always=alike)
 
     def _run_layers(
         self, hidden: Tensor, batch: ForwardBatch, narrowed: tuple[ForwardBatch, ForwardBatch] | None

@@ -63,13 +63,15 @@ def test_all_learn_together_and_a_killed_run_ends_in_the_same_bits(
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_the_proof_holds(new_config: Callable[..., TrainConfig]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_proof_holds(dtype: str, new_config: Callable[..., TrainConfig]) -> None:
     console = quiet_console()
-    is_same = verify(new_config("run"), 1, console)
+    is_same = verify(new_config("run", dtype=dtype), 2, console)
     text = console.file.getvalue()
     assert is_same, text
     for name in CONFIGS:
-        assert re.search(rf"^{name}, step 1: same$", text, re.M), text
+        assert re.search(rf"^{name}, step 2: same$", text, re.M), text
+    assert f"all {2 * len(CONFIGS)} comparisons are equal to the bit" in text, text
 
 
 def test_the_plan_counts_each(new_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:

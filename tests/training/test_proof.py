@@ -13,7 +13,7 @@ import moe_peft.model.decoder as decoder
 from moe_peft import LlamaForCausalLM, ops
 from moe_peft.adapters.mixlora import MixLora
 from moe_peft.config import TrainConfig
-from moe_peft.training.proof import check
+from moe_peft.kernels.compiled import references_only
 from moe_peft.training.proof.verify import verify
 
 DTYPES = ["float32", "bfloat16"]
@@ -41,7 +41,7 @@ def test_honest_code_passes(dtype: str, base: Path, data: str, tmp_path: Path) -
     config = run_config(base, tmp_path / "run", *honest_entries(data), dtype=dtype)
     is_same, text = told(config)
     assert is_same, text
-    assert "Proved: in all 8 comparisons only rounding differs." in text
+    assert "Proved: all 8 comparisons are equal to the bit." in text
     # Under a loss scale the first step may overflow, and the next one is compared in its place.
     assert all(
         len(re.findall(rf"^{name}, step \d: same$", text, re.M)) == 2 for name in ("plain", "pair", "mix", "one")
@@ -122,18 +122,14 @@ def test_a_leak_is_seen(leak, what: str, dtype: str, base: Path, data: str, tmp_
     assert what in text and "Not proved" in text
 
 
-def test_where_the_fixed_limit_is_too_low_rounding_is_measured(
-    base: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plain_pytorch_operations_are_equal_to_the_bit_too(
+    dtype: str, base: Path, data: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(check.LIMITS, torch.float32, 1e-12)
-    entries = [adapter_entry("plain", data), adapter_entry("mix", data, method="mixlora", num_experts=4)]
-    config = run_config(base, tmp_path / "run", *entries)
-    is_same, text = told(config)
-    assert is_same, text
-    leak_token(monkeypatch)
-    is_same, text = told(config)
-    assert not is_same
-    assert "mix, step 1: its neighbours change its gradient" in text
+    config = run_config(base, tmp_path / "run", *honest_entries(data), dtype=dtype)
+    with references_only():
+        is_same, text = told(config)
+    assert is_same and "Proved: all 8 comparisons are equal to the bit." in text, text
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,24 +2,17 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from moe_peft import ops
 from moe_peft.data.dispatcher import MicroBatch
-from moe_peft.model.draws import generator_for
 from moe_peft.model.forward import Replay, replaying
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun
 from moe_peft.training.fused_step import Outcome, run_fused
-
-# How a repeat nudges the embedded tokens: the share of their features, and by how many units in the last place. Enough
-# to have everything behind it rounded anew, and of the size of one product's rounding: 16-bit types round a sum once,
-# wide ones after every term.
-NUDGES = {torch.float64: (1.0, 4), torch.float32: (1.0, 4), torch.float16: (1 / 64, 1), torch.bfloat16: (1 / 64, 1)}
 
 
 class Alone:
@@ -40,14 +33,11 @@ class Alone:
         lengths = [len(sample.input_ids) for sample in fused.micro_batch.samples]
         self._edges = list(itertools.accumulate(lengths, initial=0))
 
-    def __call__(
-        self, order: Sequence[int] | None = None, nudge: int | None = None
-    ) -> tuple[Outcome, tuple[Tensor, ...]]:
+    def __call__(self, order: Sequence[int] | None = None) -> tuple[Outcome, tuple[Tensor, ...]]:
         """One forward and backward; nothing is accumulated.
 
         Args:
             order: of the samples; None: the fused batch's. Dropout, jitter and routing follow them.
-            nudge: changes the embedded tokens by a rounding here and there, another number in other places.
 
         Returns:
             What it gave, and what the routers said by themselves, ``[T, E]`` a routed layer in the fused order.
@@ -58,7 +48,7 @@ class Alone:
         routed = tuple(logits[tokens] for logits in self._fused.router_logits or ())
         replay = Replay(tokens, self._edges[-1], routed)
         micro_batch = dataclasses.replace(fused, samples=tuple(fused.samples[i] for i in order))
-        with replaying(replay), self._nudged(nudge):
+        with replaying(replay), ops.batch_invariant():
             outcome = self._outcome(micro_batch)
         back = tokens.argsort()
         return outcome, tuple(replay.own_router_logits[i][back] for i in sorted(replay.own_router_logits))
@@ -70,24 +60,3 @@ class Alone:
         if len(outcomes) > 1:
             return Outcome(micro_batch, failure="out of memory")
         return outcomes[0]
-
-    @contextmanager
-    def _nudged(self, number: int | None) -> Iterator[None]:
-        if number is None:
-            yield
-            return
-        micro_batch = self._fused.micro_batch
-        key = ("proof", micro_batch.adapter, micro_batch.step, micro_batch.index, number)
-
-        def nudge(module: torch.nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
-            draws = torch.rand(embedded.shape, generator=generator_for(*key)).to(embedded.device)
-            share, units = NUDGES[embedded.dtype]
-            ups, downs = draws < share / 2, draws >= 1 - share / 2
-            steps = (ups.to(embedded.dtype) - downs.to(embedded.dtype)) * (units * torch.finfo(embedded.dtype).eps)
-            return embedded * (1 + steps)
-
-        handle = self._model.embed_tokens.register_forward_hook(nudge)
-        try:
-            yield
-        finally:
-            handle.remove()

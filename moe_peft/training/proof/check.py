@@ -1,15 +1,16 @@
-"""One adapter at one step: the fused batch against the adapter alone, and both against what rounding alone does.
+"""One adapter at one step: the fused batch against the adapter alone, and alone in other orders of its samples.
 
 Letters: T tokens, E experts, W tensors of the adapter.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from moe_peft.model.draws import generator_for
 from moe_peft.model.forward import chosen_experts
 from moe_peft.model.llama import LlamaForCausalLM
 from moe_peft.training.adapter_run import AdapterRun
@@ -17,18 +18,15 @@ from moe_peft.training.fused_step import Outcome
 from moe_peft.training.proof.alone import Alone
 from moe_peft.training.proof.gradients import GradientMeter
 
-# What wide dtypes may differ by; a 16-bit type has no such number, its rounding is measured.
+# What wide dtypes may differ by; for 16-bit types it is measured, and never less than float32's.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5}
 NUM_REPEATS = 5
 NOISE_FACTOR = 3
-# A wide dtype rounds its sums term by term, and a product of another shape adds up in another way, several times less
-# exactly perhaps; a 16-bit type rounds the finished sum, whatever the shape.
-WIDE_NOISE_FACTOR = 10
 
 
 @dataclass(frozen=True)
 class Gap:
-    """The tensor whose gradients are furthest apart, for what is allowed it.
+    """The tensor whose gradients are furthest apart.
 
     Args:
         value: how far, relative to the gradient of the adapter alone.
@@ -42,7 +40,7 @@ class Gap:
 
     @property
     def is_good(self) -> bool:
-        """Whether it is no more than rounding."""
+        """Whether it is allowed."""
         return self.value <= self.allowed
 
 
@@ -59,7 +57,7 @@ class Check:
         norm: of the gradient in the fused batch.
         norm_alone: likewise, alone.
         fused: fused batch against alone; None where it had no neighbours.
-        reordered: alone with its samples in another order against alone; None where it has only one.
+        reordered: alone with its samples in other orders against alone; None where it has only one.
         num_choices: what the routers chose, a token and layer each; 0 without routers.
         num_flips: choices that are others alone.
         num_wrong_flips: those of them that rounding does not explain.
@@ -85,13 +83,18 @@ class Check:
         """Whether fusing changed nothing but rounding."""
         return not self.problems
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether fusing changed nothing at all, to the bit."""
+        return self.is_good and self.loss == self.loss_alone and (self.fused is None or self.fused.value == 0)
+
 
 @dataclass(frozen=True)
 class _Noise:
-    """What rounding alone does.
+    """What another order of the samples changes, alone.
 
     Args:
-        gradients: largest relative distance of every tensor's kind, ``[W]``.
+        gradients: largest relative distance of every tensor, ``[W]``.
         losses: largest difference of the loss, and of the router losses.
         logits: largest difference of router logits, a routed layer each.
     """
@@ -115,9 +118,10 @@ class Examination:
     def __init__(
         self, model: LlamaForCausalLM, run: AdapterRun, fused: Outcome, share: float, tick: Callable[[], None]
     ) -> None:
-        self._limit = LIMITS.get(model.dtype)
-        self._loss_limit = self._limit or torch.finfo(model.dtype).eps
-        self._factor = NOISE_FACTOR if self._limit is None else WIDE_NOISE_FACTOR
+        self._is_wide = model.dtype in LIMITS
+        self._limit = LIMITS.get(model.dtype, LIMITS[torch.float32])
+        # An order of the samples changes only the order of sums, and what it makes a 16-bit type round in another way.
+        self._order_limit = self._limit if self._is_wide else torch.finfo(model.dtype).eps
         self._meter = GradientMeter(model, run.job.name)
         self._top_k = run.job.adapter.top_k if fused.router_logits else 0
         self._fused, self._share, self._tick = fused, share, tick
@@ -134,14 +138,7 @@ class Examination:
         failure = self._failure_of(alone)
         if failure is not None:
             return replace(self._numbers(alone), problems=(failure,))
-        apart = self._meter.distance(fused.gradients, alone.gradients) if self._share < 1 else None
-        moved = self._moved(alone)
-        # Wide dtypes are measured only where their fixed limit does not hold: on a deep model, say.
-        noise = self._noise(alone, own_logits) if self._limit is None else None
-        check = self._judge(alone, own_logits, apart, moved, noise)
-        if noise is None and not check.is_good:
-            check = self._judge(alone, own_logits, apart, moved, self._noise(alone, own_logits))
-        return check
+        return self._judge(alone, own_logits, self._noise(alone, own_logits))
 
     def _failure_of(self, alone: Outcome) -> str | None:
         for where, outcome in (("in the fused batch", self._fused), ("alone", alone)):
@@ -153,21 +150,17 @@ class Examination:
             return "out of memory: its micro-batch was split, and the parts are nothing to compare with"
         return None
 
-    def _moved(self, alone: Outcome) -> Tensor | None:
-        """How far the gradients of every tensor move with the samples in reverse order, ``[W]``."""
-        num_samples = len(self._fused.micro_batch.samples)
-        reordered = self._run_alone(order=range(num_samples)[::-1])[0] if num_samples > 1 else None
-        self._tick()
-        return None if reordered is None else self._meter.distance(reordered.gradients, alone.gradients)
-
-    def _noise(self, alone: Outcome, own_logits: tuple[Tensor, ...]) -> _Noise:
+    def _noise(self, alone: Outcome, own_logits: tuple[Tensor, ...]) -> _Noise | None:
+        """Of the samples in other orders; None of a single sample."""
+        if len(self._fused.micro_batch.samples) == 1:
+            return None
         gradients = torch.zeros(len(self._meter.names), dtype=torch.float64)
         losses, logits = [0.0, 0.0], [0.0] * len(own_logits)
-        for number in range(NUM_REPEATS):
-            repeat, repeat_logits = self._run_alone(nudge=number)
+        for order in self._orders():
+            repeat, repeat_logits = self._run_alone(order)
             self._tick()
             if repeat.failure is not None:
-                continue
+                return _Noise(torch.full_like(gradients, torch.inf), losses, logits)
             gradients = gradients.maximum(self._meter.distance(repeat.gradients, alone.gradients))
             losses = [
                 max(most, abs(one - other))
@@ -177,30 +170,34 @@ class Examination:
                 max(most, float((one - other).abs().max()))
                 for most, one, other in zip(logits, repeat_logits, own_logits, strict=True)
             ]
-        return _Noise(self._meter.largest_of_kind(gradients), losses, logits)
+        return _Noise(gradients, losses, logits)
 
-    def _judge(
-        self,
-        alone: Outcome,
-        own_logits: tuple[Tensor, ...],
-        apart: Tensor | None,
-        moved: Tensor | None,
-        noise: _Noise | None,
-    ) -> Check:
-        allowed = torch.full((len(self._meter.names),), self._limit or 0.0, dtype=torch.float64)
-        if noise is not None:
-            allowed = allowed.maximum(self._factor * noise.gradients)
-        fused, reordered = (None if found is None else self._gap(found, allowed) for found in (apart, moved))
-        num_flips, num_wrong = self._flips(own_logits, noise)
+    def _orders(self) -> Iterator[Sequence[int]]:
+        """Turned round; where the rounding is to be measured, shuffled four times as well."""
+        micro_batch = self._fused.micro_batch
+        count = len(micro_batch.samples)
+        yield range(count)[::-1]
+        for number in range(1, 1 if self._is_wide else NUM_REPEATS):
+            key = ("proof", micro_batch.adapter, micro_batch.step, micro_batch.index, number)
+            yield torch.randperm(count, generator=generator_for(*key)).tolist()
+
+    def _judge(self, alone: Outcome, own_logits: tuple[Tensor, ...], noise: _Noise | None) -> Check:
+        fused = reordered = None
         problems = []
-        if fused is not None and not fused.is_good:
-            problems.append(f"its neighbours change its gradient: {_words(fused)}")
-        if reordered is not None and not reordered.is_good:
-            problems.append(f"the order of its samples changes its gradient: {_words(reordered)}")
+        if noise is not None:
+            reordered = self._gap(noise.gradients, self._order_limit)
+            if not reordered.is_good:
+                problems.append(f"the order of its samples changes its gradient: {_words(reordered)}")
+                noise = None  # no rounding, so it explains nothing
+        if self._share < 1:
+            apart = self._meter.distance(self._fused.gradients, alone.gradients)
+            fused = self._gap(apart, max(self._limit, self._measured(None if noise is None else noise.gradients.max())))
+            if not fused.is_good:
+                problems.append(f"its neighbours change its gradient: {_words(fused)}")
+            problems += self._changed_losses(alone, noise)
+        num_flips, num_wrong = self._flips(own_logits, noise)
         if num_wrong:
             problems.append(f"{num_wrong} routing choices differ by more than rounding")
-        if self._share < 1:
-            problems += self._changed_losses(alone, noise)
         return replace(
             self._numbers(alone),
             fused=fused,
@@ -211,20 +208,23 @@ class Examination:
             problems=tuple(problems),
         )
 
+    def _measured(self, noise: Tensor | float | None) -> float:
+        """What a noise allows: nothing to wide types, whose limit is fixed."""
+        return 0.0 if noise is None or self._is_wide else NOISE_FACTOR * float(noise)
+
     def _changed_losses(self, alone: Outcome, noise: _Noise | None) -> list[str]:
         problems = []
         noises = (0.0, 0.0) if noise is None else noise.losses
         for name, one, other, change in zip(
             ("loss", "aux_loss"), _losses(self._fused), _losses(alone), noises, strict=True
         ):
-            if not abs(one - other) <= max(self._loss_limit * max(abs(other), 1.0), self._factor * change):
+            if not abs(one - other) <= max(self._order_limit * max(abs(other), 1.0), self._measured(change)):
                 problems.append(f"its neighbours change its {name}: {one:.6g} beside {other:.6g} alone")
         return problems
 
-    def _gap(self, distance: Tensor, allowed: Tensor) -> Gap:
-        ratio = torch.where(distance == 0, 0.0, distance / allowed)
-        worst = int(ratio.argmax() if ratio.any() else allowed.argmax())
-        return Gap(float(distance[worst]), float(allowed[worst]), self._meter.names[worst])
+    def _gap(self, distance: Tensor, allowed: float) -> Gap:
+        worst = int(distance.argmax())
+        return Gap(float(distance[worst]), allowed, self._meter.names[worst])
 
     def _flips(self, own_logits: tuple[Tensor, ...], noise: _Noise | None) -> tuple[int, int]:
         """Tokens and layers whose experts are others alone; and those that were not within the noise of being so."""
@@ -234,9 +234,8 @@ class Examination:
             is_flipped = (chosen != chosen_experts(own, self._top_k)).any(dim=1)
             # By its own logits, how far the worst of the fused experts is behind the last that it would choose.
             margin = own.topk(self._top_k, dim=1).values[:, -1] - own.gather(1, chosen).amin(dim=1)
-            most = (self._limit or 0.0) * float(own.abs().max())
-            if noise is not None:
-                most = max(most, self._factor * noise.logits[layer])
+            measured = self._measured(None if noise is None else noise.logits[layer])
+            most = max(self._limit * float(own.abs().max()), measured)
             num_flips += int(is_flipped.sum())
             num_wrong += int((is_flipped & ~(margin <= most)).sum())
         return num_flips, num_wrong
@@ -259,4 +258,4 @@ def _losses(outcome: Outcome) -> tuple[float, float]:
 
 
 def _words(gap: Gap) -> str:
-    return f"{gap.tensor} by {gap.value:.1e}, where rounding explains {gap.allowed:.1e}"
+    return f"{gap.tensor} by {gap.value:.1e}, of which rounding explains {gap.allowed:.1e}"

@@ -3,7 +3,6 @@
 Letters: W tensors of the adapter, as its file names them; each expert's is one of its own.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -31,9 +30,6 @@ class GradientMeter:
             tensors.setdefault(id(weight), []).append(key)
         self._stacked = [len(keys) for keys in tensors.values()]
         self.names = [key for keys in tensors.values() for key in keys]
-        kinds: dict[str, int] = {}
-        found = [kinds.setdefault(re.sub(r"\d+", "*", name), len(kinds)) for name in self.names]
-        self._kinds, self._num_kinds = torch.tensor(found), len(kinds)
 
     def norm(self, gradients: Gradients) -> float:
         """2-norm of the whole gradient."""
@@ -46,14 +42,6 @@ class GradientMeter:
         # One at a time: no second set of gradients is ever there.
         apart = self._norms(_minus(*pair) for pair in zip(gradients, expected, strict=True))
         return torch.where(apart == 0, 0.0, apart / scale).nan_to_num(nan=torch.inf, posinf=torch.inf)
-
-    def largest_of_kind(self, values: Tensor) -> Tensor:
-        """Of every tensor the largest value among its kind, ``[W]``: the same weight in all layers and experts.
-
-        Kinds differ: a router's gradient is a small difference of large terms, and rounding shows far more in it.
-        """
-        largest = values.new_zeros(self._num_kinds).scatter_reduce_(0, self._kinds, values, "amax")
-        return largest[self._kinds]
 
     def _norms(self, gradients: Iterable[Tensor | None]) -> Tensor:
         """Of every tensor, float64 ``[W]`` on the CPU, fetched in one transfer."""

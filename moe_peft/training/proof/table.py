@@ -35,7 +35,13 @@ def proof_report(checks: Sequence[Check], missing: Sequence[str] = ()) -> "Group
     if bad or missing:
         parts.append(Text(f"Not proved: {len(bad)} of {len(checks)} comparisons differ.", style="bold red"))
     else:
-        parts.append(Text(f"Proved: in all {len(checks)} comparisons only rounding differs.", style="bold green"))
+        exact = sum(check.is_exact for check in checks)
+        found = (
+            "all {} comparisons are equal to the bit"
+            if exact == len(checks)
+            else "in all {} comparisons only rounding differs"
+        ).format(len(checks))
+        parts.append(Text(f"Proved: {found}.", style="bold green"))
     return Group(*parts)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_peft import ops
 from moe_peft.config import TrainConfig
 from moe_peft.data.tokenizer import load_tokenizer
 from moe_peft.io.base_model import load_base_model
@@ -88,8 +89,8 @@ class Proof:
 
     @property
     def num_runs(self) -> int:
-        """How often adapters run alone, if no wide dtype's noise has to be measured."""
-        return sum(self._due.values()) * (2 if self._model.dtype in LIMITS else 2 + NUM_REPEATS)
+        """How often adapters of several samples run alone."""
+        return sum(self._due.values()) * (2 if self._model.dtype in LIMITS else 1 + NUM_REPEATS)
 
     def checks(self) -> Iterator[Check]:
         """One of every adapter and step, as they come."""
@@ -102,7 +103,8 @@ class Proof:
             runs = {micro_batch.adapter: self._run_of(micro_batch.adapter) for micro_batch in micro_batches}
             parameters = {name: run.parameters for name, run in runs.items()}
             scales = {name: run.loss_scale.value for name, run in runs.items() if run.loss_scale is not None}
-            outcomes = run_fused(self._model, micro_batches, parameters, self._say, scales)
+            with ops.batch_invariant():
+                outcomes = run_fused(self._model, micro_batches, parameters, self._say, scales)
             num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
             # All of them before the first optimizer step: the weights must be those of the fused batch.
             for micro_batch in micro_batches:
