@@ -38,7 +38,9 @@ def test_a_row_of_a_product_does_not_see_the_others(shape: tuple[int, int], dtyp
             for one, of_all in zip(results(x[start : start + length]), everything, strict=True):
                 assert torch.equal(one, of_all[start : start + length])
     for one, plain in zip(everything, results(x), strict=True):
-        assert (one.double() - plain.double()).norm() <= torch.finfo(dtype).eps * plain.double().norm()
+        # Roundings of a sum of this many terms add up like the steps of a random walk.
+        allowed = inner**0.5 * torch.finfo(dtype).eps
+        assert (one.double() - plain.double()).norm() <= allowed * plain.double().norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
