@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         torch.set_num_threads(options.num_threads)
     if options.device.index is not None:
         torch.cuda.set_device(options.device)
-    reuse_freed_memory()
+    reuse_freed_memory(max(sizes.adapters for sizes in options.sizes))
     wrong = []
     for sizes in options.sizes:
         limits = machine_limits(sizes.dtype, sizes.device, rounds=min(options.repeats, _LIMIT_ROUNDS))

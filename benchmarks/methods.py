@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps({"peak_memory_gb": measured_memory(options)}))
         return
     memory = {method: None if options.no_memory else memory_of(arguments, method) for method in options.methods}
-    reuse_freed_memory()
+    reuse_freed_memory(len(options.methods))
     steps = prepare(options)
     losses: dict[str, list[float]] = {method: [] for method in steps}
 
@@ -147,7 +147,7 @@ def memory_of(arguments: Sequence[str], method: str) -> float:
 
 def measured_memory(options: argparse.Namespace) -> float:
     """This process' peak over the steps with the most tokens."""
-    reuse_freed_memory()
+    reuse_freed_memory(len(options.methods))
     (step,) = prepare(options).values()
     for number in sorted(range(options.steps), key=step.tokens_of)[-2:]:
         step(number)

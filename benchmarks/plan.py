@@ -10,6 +10,7 @@ without a file behind it, over what it held when everything was imported; time i
 """
 
 import argparse
+import ctypes
 import io
 import json
 import subprocess
@@ -179,14 +180,22 @@ def _config(name: str, overrides: Sequence[str], folder: Path) -> Any:
     from moe_peft.command.memory import reuse_freed_memory
     from moe_peft.config import TrainConfig
 
-    reuse_freed_memory()
     fields = dict(CASES[name]["config"])
     if fields["base_model"] in _SMALL:
         fields["base_model"] = str(_write_model(fields["base_model"], folder / "model"))
         fields["defaults"] = {**fields["defaults"], "cutoff_len": 1024}
+        _give_back_freed_memory()
     file = folder / "config.json"
     file.write_text(json.dumps({**fields, "output_dir": str(folder / "run")}))
-    return TrainConfig.from_file(file, overrides)
+    config = TrainConfig.from_file(file, overrides)
+    reuse_freed_memory(config.max_concurrent_adapters or len(config.adapters))
+    return config
+
+
+def _give_back_freed_memory() -> None:
+    """What making the model has left behind would hide what the run takes."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _write_model(name: str, folder: Path) -> Path:

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps({"peak_memory_gb": measured_memory(options)}))
         return
     memory = {variant.label: memory_of(arguments, variant) for variant in options.variants}
-    reuse_freed_memory()
+    reuse_freed_memory(sum(variant.num_adapters for variant in options.variants))
     model, batches, steps = prepare(options)
     gemms = BaseGemms(model, batches)
     taken = take_turns({**steps, _GEMMS: gemms}, rounds=options.steps, warmup=options.warmup)
@@ -156,7 +156,7 @@ def memory_of(arguments: Sequence[str], variant: Variant) -> float | None:
 
 def measured_memory(options: argparse.Namespace) -> float:
     """This process' peak after the steps with the most tokens."""
-    reuse_freed_memory()
+    reuse_freed_memory(sum(variant.num_adapters for variant in options.variants))
     _, batches, steps = prepare(options)
     (step,) = steps.values()
     largest = sorted(range(len(batches)), key=lambda number: batches[number].num_tokens)[-_MEMORY_STEPS:]

@@ -17,7 +17,8 @@ from moe_peft.io.hf_config import read_llama_config
 
 def build(settings: dict[str, Any]) -> Step:
     """The step of the train command; ``mode`` is the dtype of the frozen weights."""
-    reuse_freed_memory()
+    variant = parse_variant(settings["variant"])
+    reuse_freed_memory(variant.num_adapters)
     dtype, device = getattr(torch, settings["mode"]), torch.device(settings["device"])
     folder = Path(settings["model"])
     if (folder / "model.safetensors").is_file():
@@ -35,7 +36,7 @@ def build(settings: dict[str, Any]) -> Step:
         top_k=settings["top_k"],
         lora_dropout=settings["dropout"],
     )
-    step = TrainingStep(model, parse_variant(settings["variant"]), adapters, batches)
+    step = TrainingStep(model, variant, adapters, batches)
 
     def run(number: int) -> list[float]:
         step(number)

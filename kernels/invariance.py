@@ -18,7 +18,7 @@ class _Switch:
 def batch_invariant() -> Iterator[None]:
     """Within it, the whole process's frozen products take a fixed number of rows, and adapters share no other product.
 
-    It holds for the CPU, compiled and not, and for what a GPU computes by libraries.
+    The same holds for a GPU's frozen products; a Triton kernel adds up a range of its own anyway.
     """
     before, _Switch.is_on = _Switch.is_on, True
     try:

@@ -96,7 +96,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], object] | None:
         print(remark, flush=True)
     if not arguments.config:
         print("No config given: running the embedded default. --help says how to write your own.", flush=True)
-    reuse_freed_memory()
+    reuse_freed_memory(config.max_concurrent_adapters or len(config.adapters))
     if arguments.plan:
         _print_plan(config)
         return None

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..products import matmul_into
 from ..registration import on_its_device
 
 # What a chunk's logits may take; the two products around a launch run at full speed long before.
@@ -63,10 +64,10 @@ def linear_cross_entropy_forward(
     for start in range(0, num_rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, num_rows))
         logits = buffer[: rows.stop - start]  # [c, V]
-        torch.mm(hidden[rows], weight.T, out=logits)
+        matmul_into(logits, hidden[rows], weight.T)
         _cross_entropy[(len(logits),)](
             logits, targets[rows], nll[rows], logits.stride(0), vocab, block, with_gradient, num_warps=8
         )
         if with_gradient:
-            torch.mm(logits, weight, out=gradient[rows])
+            matmul_into(gradient[rows], logits, weight)
     return nll, gradient

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..products import linear, summed_matmuls
 from ..registration import on_its_device
 from .kernel_segments import gradient, narrow, widen
 from .ranges import Gradients, LoraRange
@@ -65,7 +66,7 @@ def lora_linear_forward(
     """As the reference's; the narrow rows of several ranges are computed side by side and then given tensors of their
     own, because what an operator returns must not share memory."""
     x = x.contiguous()
-    outputs = [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     tables = build_tables(Layout.of(x, weights, ranges))
     if not tables.packed_sizes:
         return outputs, [x.new_empty(part.end - part.start, 0) for part in ranges]
@@ -98,11 +99,7 @@ def lora_linear_backward(
     """As the reference's."""
     x = x.contiguous()
     d_outputs = [dy.contiguous() for dy in d_outputs]
-    dx = None
-    if needs_dx:
-        dx = torch.mm(d_outputs[0], weights[0])
-        for dy, weight in zip(d_outputs[1:], weights[1:], strict=True):
-            dx.addmm_(dy, weight)
+    dx = summed_matmuls(d_outputs, weights) if needs_dx else None
     tables = build_tables(Layout.of(x, weights, ranges))
     if not tables.packed_sizes:
         return dx, [[None] * len(part.factors) for part in ranges]

@@ -9,20 +9,28 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses more on 64-bit systems
 _MOST_KEPT = 2**31 - 1
 
-# Compiled products that are kept, each some 0.5 MB. torch and oneDNN would keep 1024 each; few shapes come again.
-_PRODUCTS_KEPT = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+# oneDNN compiles a product for every shape of its factors, and would keep 1024 of them. Batches seldom have as many
+# tokens as one before, and what is compiled in the middle of a step stays where it is, between tensors of the step:
+# once they are freed, larger ones do not fit in between. So those are kept that a step's layers have in common: some of
+# all tokens, and some of each adapter's own. With too few, every layer compiles its products again.
+_SHARED_PRODUCTS, _PRODUCTS_OF_ADAPTER, _MOST_PRODUCTS = 24, 8, 256
+_TORCH_KEEPS = 16  # products of its own list; oneDNN's has them all
 
 
-def reuse_freed_memory() -> bool:
+def reuse_freed_memory(num_adapters: int) -> bool:
     """Let glibc keep freed memory instead of returning it to the kernel, and torch keep fewer compiled products.
 
     A training step frees and takes the same megabytes again; by default each round trip costs a page fault every 4 KiB.
 
+    Args:
+        num_adapters: that train at once, at most.
+
     Returns:
         Whether this C library took the setting (only glibc does).
     """
-    for name, value in _PRODUCTS_KEPT.items():
-        os.environ.setdefault(name, value)  # read at the first product
+    kept = min(_MOST_PRODUCTS, _SHARED_PRODUCTS + _PRODUCTS_OF_ADAPTER * num_adapters)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))  # read at the first product
+    os.environ.setdefault("LRU_CACHE_CAPACITY", str(_TORCH_KEEPS))
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

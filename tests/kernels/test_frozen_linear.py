@@ -4,7 +4,7 @@ import pytest
 import torch
 from builders import assert_close, assert_error_like, assert_relative
 
-from moe_peft.kernels.frozen_linear.op import frozen_linear
+from moe_peft.kernels.frozen_linear.op import frozen_linear, frozen_linears
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -122,3 +122,31 @@ def test_compiled_equals_eager(dtype, with_bias):
     compiled = torch.compile(around, fullgraph=True, backend="aot_eager")
     for actual, expected in zip(both(compiled, *case), both(around, *case), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 5, 200])
+@pytest.mark.parametrize("unused", [None, 1])
+def test_several_layers_of_one_input(unused, rows, dtype):
+    """One has no bias; the gradient of x is the sum over those that are used."""
+    outers = 6, 3, 9
+    x = make(rows, 7, 1, dtype)[0].requires_grad_()
+    weights, biases, upstreams = zip(*(make(rows, 7, outer, dtype)[1:] for outer in outers), strict=True)
+    biases = biases[0], None, biases[2]
+    outputs = frozen_linears(x, weights, biases)
+    used = [i for i in range(3) if i != unused]
+    sum((outputs[i] * upstreams[i]).sum() for i in used).backward()
+    allowed = 1e-13 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    expected = torch.zeros(rows, 7, dtype=torch.float64)
+    for i in range(3):
+        y, dx = truth(x.detach(), weights[i], biases[i], upstreams[i])
+        assert (outputs[i].double() - y).norm() <= allowed * y.norm()
+        expected += dx if i in used else 0
+    assert x.grad.dtype == dtype
+    assert (x.grad.double() - expected).norm() <= allowed * expected.norm()
+
+
+def test_several_layers_are_an_operator():
+    x, weight, bias, _ = make(5, 7, 3)
+    arguments = x.requires_grad_(), [weight, weight * 2], [bias], [False, True]
+    torch.library.opcheck(torch.ops.moe_peft.frozen_linears.default, arguments)

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from moe_peft.kernels import products
 from moe_peft.kernels.invariance import batch_invariant, is_batch_invariant
 from moe_peft.kernels.lora_linear.op import lora_linear
 from moe_peft.kernels.lora_linear.ranges import LoraRange
+from moe_peft.kernels.lora_linear.teams import teams
 from moe_peft.kernels.products import ROWS_AT_A_TIME, add_matmul_, linear, matmul
 from moe_peft.kernels.recompute import Recomputable
+from moe_peft.kernels.rectangles import rectangles
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = [1, 3, 16, ROWS_AT_A_TIME, ROWS_AT_A_TIME + 1, 300]
@@ -78,6 +81,21 @@ def test_an_adapter_learns_the_same_beside_others(lengths: tuple[int, ...], dtyp
             own_dx, own = trained([i])
             assert torch.equal(own_dx, dx[edges[i] : edges[i + 1]])
             assert len(own) == 2 and all(map(torch.equal, own, gradients[2 * i : 2 * i + 2]))
+
+
+def test_products_take_whole_tiles_and_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a library happens to round alike, nothing above would fail without it."""
+    seen = []
+    honest = products._whole_product
+    monkeypatch.setattr(products, "_whole_product", lambda x, *rest: seen.append(x.shape[0]) or honest(x, *rest))
+    with batch_invariant():
+        linear(randn(300, 8, dtype=torch.float32), randn(4, 8, dtype=torch.float32))
+        assert seen == [ROWS_AT_A_TIME] * 3
+        pair = randn(2, 8, dtype=torch.float32), randn(4, 2, dtype=torch.float32)
+        ranges = [LoraRange(0, 5, (pair,), (1.0,), None), LoraRange(5, 10, (pair,), (1.0,), None)]
+        assert [len(team.parts) for team in teams(ranges, torch.bfloat16)] == [1, 1]
+    assert [len(team.parts) for team in teams(ranges, torch.bfloat16)] == [2]
+    assert [len(one.samples) for one in rectangles((0, 5, 10), apart=True)] == [1, 1]
 
 
 def test_it_ends_with_its_block() -> None:

@@ -139,7 +139,7 @@ def test_a_single_adapter_is_checked_for_the_order_of_its_samples(
     config = run_config(base, tmp_path / "run", adapter_entry("qa", data, lora_dropout=0.1), dtype=dtype)
     is_same, text = told(config)
     assert is_same, text
-    assert "there was nothing to fuse" in text
+    assert "there was nothing to fuse" in text and "only rounding differs" in text
     leak_attention(monkeypatch)
     is_same, text = told(config)
     assert not is_same

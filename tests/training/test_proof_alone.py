@@ -16,7 +16,7 @@ from moe_peft.training.fused_run import FusedRun
 from moe_peft.training.fused_step import Outcome, run_fused
 from moe_peft.training.preparation import JobReader
 from moe_peft.training.proof.alone import Alone
-from moe_peft.training.proof.check import Examination
+from moe_peft.training.proof.check import Examination, _Noise
 from moe_peft.training.proof.gradients import GradientMeter
 
 
@@ -91,8 +91,51 @@ def test_a_flip_is_forgiven_within_the_noise_alone(gap: float, num_wrong: int, f
     _, second, third, _ = seen[5].sort(descending=True).values
     own = torch.where(seen == third, second + gap, seen)  # what the third has alone; 2 are chosen
     outcome = replace(outcomes[name], router_logits=(logits[0], seen))
-    examination = Examination(runs[name].model, runs[name], outcome, 0.5, lambda: None)
+    examination = Examination(runs[name].model, runs[name], outcome, 0.5)
     assert examination._flips((logits[0], own), None) == (1, num_wrong)
+
+
+@pytest.fixture(scope="module")
+def fused16(base: Path, data: str, tmp_path_factory: pytest.TempPathFactory):
+    entries = [adapter_entry(name, data, batch_size=4) for name in ("one", "two")]
+    return first_batch(run_config(base, tmp_path_factory.mktemp("run16"), *entries, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("change", "noise", "problem"),
+    [
+        (0.9e-5, None, None),  # float32's limit holds for a single sample
+        (1.1e-5, None, "its neighbours change its gradient"),
+        (2.9e-4, 1e-4, None),  # three times what other orders change
+        (3.1e-4, 1e-4, "its neighbours change its gradient"),
+        (1e-6, 1.5e-2, None),  # two units in bfloat16's last place
+        (1e-6, 1.6e-2, "the order of its samples changes its gradient"),
+        (1e-4, 1.6e-2, "its neighbours change its gradient"),  # such an order explains nothing
+    ],
+)
+def test_the_limits_of_16_bits(change: float, noise: float | None, problem: str | None, fused16) -> None:
+    runs, outcomes = fused16
+    alone = outcomes["one"]
+    gradients = [gradient.double() for gradient in alone.gradients]
+    alone = replace(alone, gradients=gradients)
+    moved = replace(alone, gradients=[gradient * (1 + change) for gradient in gradients])
+    examination = Examination(runs["one"].model, runs["one"], moved, 0.5)
+    count = len(GradientMeter(runs["one"].model, "one").names)
+    measured = None if noise is None else _Noise(torch.full((count,), noise, dtype=torch.float64), [0.0, 0.0], [])
+    check = examination._judge(alone, (), measured)
+    assert check.is_good == (problem is None)
+    assert problem is None or any(problem in found for found in check.problems)
+    assert not check.is_exact
+
+
+def test_orders_are_others_and_each_is_taken_once(fused16) -> None:
+    runs, outcomes = fused16
+    orders = list(Examination(runs["one"].model, runs["one"], outcomes["one"], 0.5)._orders())
+    assert len(orders) == len(set(orders)) == 5
+    assert all(sorted(order) == [0, 1, 2, 3] and order != (0, 1, 2, 3) for order in orders)
+    two = replace(outcomes["one"].micro_batch, samples=outcomes["one"].micro_batch.samples[:2])
+    of_two = Examination(runs["one"].model, runs["one"], replace(outcomes["one"], micro_batch=two), 0.5)
+    assert list(of_two._orders()) == [(1, 0)]
 
 
 def test_distances_are_those_of_the_formula(fused) -> None:

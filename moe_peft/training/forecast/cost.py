@@ -18,10 +18,9 @@ _FEWEST_STEPS, _MOST_STEPS = 2, 8
 _WARM_UP_TOKENS = 128
 # Of the probe's time, what its first try of the largest step may take.
 _LARGEST_SHARE = 0.3
-# On a CPU, fitted to the runs that benchmarks/plan.py names: bytes of compiled products; the head's weights as oneDNN
-# lays them out for either of its products; and the share of a step that is freed memory nothing fits into again, which
-# grows with the layers whose kept tensors lie between the holes.
-_CPU_LIBRARIES, _HEAD_COPIES, _CPU_SLACK, _SLACK_LAYERS = 80e6, 2, 0.27, 24
+# On a CPU, fitted to the runs that benchmarks/plan.py names: bytes of libraries, their compiled products and scratch;
+# and the share of a step that is freed memory nothing fits into again.
+_CPU_LIBRARIES, _CPU_SLACK = 190e6, 0.27
 # On a GPU: blocks that the caching allocator holds and cannot hand out.
 _GPU_SLACK = 0.05
 
@@ -114,12 +113,10 @@ def forecast_cost(forecast: RunForecast, data_bytes: int) -> RunCost:
 
 
 def _memory(forecast: RunForecast, data_bytes: int, step_bytes: float) -> MemoryForecast:
-    config, on_cpu = forecast.shape.config, forecast.shape.device.type == "cpu"
-    head_bytes = config.vocab_size * config.hidden_size * forecast.shape.dtype.itemsize
-    libraries = round(_CPU_LIBRARIES) + _HEAD_COPIES * head_bytes
-    slack = _CPU_SLACK * min(1.0, config.num_hidden_layers / _SLACK_LAYERS) if on_cpu else _GPU_SLACK
+    on_cpu = forecast.shape.device.type == "cpu"
+    slack = _CPU_SLACK if on_cpu else _GPU_SLACK
     return MemoryForecast(
-        process=data_bytes + libraries if on_cpu else 0,
+        process=data_bytes + round(_CPU_LIBRARIES) if on_cpu else 0,
         base=forecast.base_bytes,
         adapters=sum(sorted((a.state_bytes for a in forecast.adapters.values()), reverse=True)[: _at_once(forecast)]),
         step=round(step_bytes * (1 + slack)),

@@ -4,7 +4,7 @@ Letters: T tokens, E experts, W tensors of the adapter.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from moe_peft.training.proof.gradients import GradientMeter
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5}
 NUM_REPEATS = 5
 NOISE_FACTOR = 3
+_DRAWS = 20  # among which so many other orders are, if there are
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Check:
 
     @property
     def is_exact(self) -> bool:
-        """Whether fusing changed nothing at all, to the bit."""
-        return self.is_good and self.loss == self.loss_alone and (self.fused is None or self.fused.value == 0)
+        """Whether it had neighbours that changed nothing at all, to the bit."""
+        is_compared = self.fused is not None and self.fused.value == 0
+        return self.is_good and is_compared and self.loss == self.loss_alone and not self.num_flips
 
 
 @dataclass(frozen=True)
@@ -112,19 +114,17 @@ class Examination:
         run: the adapter's training.
         fused: what the fused batch gave it.
         share: its share of that batch's tokens.
-        tick: called after every run of the adapter alone.
     """
 
-    def __init__(
-        self, model: LlamaForCausalLM, run: AdapterRun, fused: Outcome, share: float, tick: Callable[[], None]
-    ) -> None:
+    def __init__(self, model: LlamaForCausalLM, run: AdapterRun, fused: Outcome, share: float) -> None:
         self._is_wide = model.dtype in LIMITS
         self._limit = LIMITS.get(model.dtype, LIMITS[torch.float32])
-        # An order of the samples changes only the order of sums, and what it makes a 16-bit type round in another way.
-        self._order_limit = self._limit if self._is_wide else torch.finfo(model.dtype).eps
+        # An order of the samples changes only the order of sums, and what it makes a 16-bit type round in another way
+        # (seen: 1e-7 to 1.4e-3 in bfloat16; 6e-3 in an LSTM's weight with hardly a gradient).
+        self._order_limit = self._limit if self._is_wide else 2 * torch.finfo(model.dtype).eps
         self._meter = GradientMeter(model, run.job.name)
         self._top_k = run.job.adapter.top_k if fused.router_logits else 0
-        self._fused, self._share, self._tick = fused, share, tick
+        self._fused, self._share = fused, share
         self._messages: list[str] = []
         self._run_alone = Alone(model, run, fused, self._messages.append)
 
@@ -134,11 +134,13 @@ class Examination:
         if fused.is_fatal:  # out of memory: alone it would be no better
             return replace(self._numbers(fused), problems=(f"in the fused batch: {fused.failure}",))
         alone, own_logits = self._run_alone()
-        self._tick()
         failure = self._failure_of(alone)
         if failure is not None:
             return replace(self._numbers(alone), problems=(failure,))
-        return self._judge(alone, own_logits, self._noise(alone, own_logits))
+        noise = self._noise(alone, own_logits)
+        if isinstance(noise, str):
+            return replace(self._numbers(alone), problems=(noise,))
+        return self._judge(alone, own_logits, noise)
 
     def _failure_of(self, alone: Outcome) -> str | None:
         for where, outcome in (("in the fused batch", self._fused), ("alone", alone)):
@@ -150,17 +152,16 @@ class Examination:
             return "out of memory: its micro-batch was split, and the parts are nothing to compare with"
         return None
 
-    def _noise(self, alone: Outcome, own_logits: tuple[Tensor, ...]) -> _Noise | None:
-        """Of the samples in other orders; None of a single sample."""
+    def _noise(self, alone: Outcome, own_logits: tuple[Tensor, ...]) -> _Noise | str | None:
+        """Of the samples in other orders, or what went wrong there; None of a single sample."""
         if len(self._fused.micro_batch.samples) == 1:
             return None
         gradients = torch.zeros(len(self._meter.names), dtype=torch.float64)
         losses, logits = [0.0, 0.0], [0.0] * len(own_logits)
         for order in self._orders():
             repeat, repeat_logits = self._run_alone(order)
-            self._tick()
             if repeat.failure is not None:
-                return _Noise(torch.full_like(gradients, torch.inf), losses, logits)
+                return f"alone, its samples in another order: {repeat.failure}"
             gradients = gradients.maximum(self._meter.distance(repeat.gradients, alone.gradients))
             losses = [
                 max(most, abs(one - other))
@@ -173,13 +174,16 @@ class Examination:
         return _Noise(gradients, losses, logits)
 
     def _orders(self) -> Iterator[Sequence[int]]:
-        """Turned round; where the rounding is to be measured, shuffled four times as well."""
+        """Turned round; where the rounding is to be measured, others as well, as far as there are so many."""
         micro_batch = self._fused.micro_batch
         count = len(micro_batch.samples)
-        yield range(count)[::-1]
-        for number in range(1, 1 if self._is_wide else NUM_REPEATS):
-            key = ("proof", micro_batch.adapter, micro_batch.step, micro_batch.index, number)
-            yield torch.randperm(count, generator=generator_for(*key)).tolist()
+        generator = generator_for("proof", micro_batch.adapter, micro_batch.step, micro_batch.index)
+        orders = {tuple(range(count)[::-1]): None}
+        for _ in range(0 if self._is_wide else _DRAWS):
+            order = tuple(torch.randperm(count, generator=generator).tolist())
+            if len(orders) < NUM_REPEATS and order != tuple(range(count)):
+                orders[order] = None
+        yield from orders
 
     def _judge(self, alone: Outcome, own_logits: tuple[Tensor, ...], noise: _Noise | None) -> Check:
         fused = reordered = None
@@ -218,7 +222,7 @@ class Examination:
         for name, one, other, change in zip(
             ("loss", "aux_loss"), _losses(self._fused), _losses(alone), noises, strict=True
         ):
-            if not abs(one - other) <= max(self._order_limit * max(abs(other), 1.0), self._measured(change)):
+            if not abs(one - other) <= max(self._limit * max(abs(other), 1.0), self._measured(change)):
                 problems.append(f"its neighbours change its {name}: {one:.6g} beside {other:.6g} alone")
         return problems
 

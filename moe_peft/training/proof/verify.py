@@ -19,7 +19,7 @@ from moe_peft.training.fused_run import FusedRun
 from moe_peft.training.fused_step import Outcome, run_fused
 from moe_peft.training.job_queue import Job
 from moe_peft.training.preparation import JobReader
-from moe_peft.training.proof.check import LIMITS, NUM_REPEATS, Check, Examination
+from moe_peft.training.proof.check import Check, Examination
 from moe_peft.training.proof.table import proof_report
 
 if TYPE_CHECKING:
@@ -85,12 +85,11 @@ class Proof:
         self._run = run
         self._say = say
         self._due = {job.name: min(num_steps, job.data.plan.num_steps) for job in run.queue}
-        self.tick: Callable[[], None] = lambda: None
 
     @property
-    def num_runs(self) -> int:
-        """How often adapters of several samples run alone."""
-        return sum(self._due.values()) * (2 if self._model.dtype in LIMITS else 1 + NUM_REPEATS)
+    def num_checks(self) -> int:
+        """How many comparisons are still to come."""
+        return sum(self._due.values())
 
     def checks(self) -> Iterator[Check]:
         """One of every adapter and step, as they come."""
@@ -112,7 +111,7 @@ class Proof:
                 fused = next(outcome for outcome in outcomes if outcome.micro_batch.adapter == name)
                 if self._due[name] and micro_batch.index == 0 and not self._overflowed(runs[name], fused):
                     share = micro_batch.num_tokens / num_tokens
-                    yield Examination(self._model, runs[name], fused, share, self.tick).check()
+                    yield Examination(self._model, runs[name], fused, share).check()
                     self._due[name] -= 1
             _take_in(outcomes, runs)
             del outcomes  # their gradients would stay beside the next batch's
@@ -174,6 +173,7 @@ def _watched(proof: Proof, console: "Console") -> Iterator[Check]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("comparing", total=proof.num_runs)
-        proof.tick = lambda: bar.advance(task)
-        yield from proof.checks()
+        task = bar.add_task("comparing", total=proof.num_checks)
+        for check in proof.checks():
+            bar.advance(task)
+            yield check
