@@ -117,7 +117,7 @@ def measured_plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from moe_peft.training.forecast.work import forecast_run
 
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(name, overrides, Path(folder))
+        config = _config(name, overrides, Path(folder), is_plan=True)
         before = held_bytes()
         forecast = forecast_run(config)
         cost = forecast_cost(forecast, held_bytes() - before)
@@ -134,7 +134,7 @@ def measured_run(name: str, overrides: Sequence[str]) -> dict[str, float]:
     from moe_peft.training.folder.run_folder import RunFolder
 
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(name, overrides, Path(folder))
+        config = _config(name, overrides, Path(folder), is_plan=False)
         RunFolder.draw = lambda self, *rest: None  # type: ignore[method-assign]
         found: dict[str, float] = {}
 
@@ -170,7 +170,7 @@ def _peak_over_now(action: Callable[[], None]) -> int:
     return peak - before
 
 
-def _config(name: str, overrides: Sequence[str], folder: Path) -> Any:
+def _config(name: str, overrides: Sequence[str], folder: Path, *, is_plan: bool) -> Any:
     """The case's config, its random model written if it has one, and the process as the train command has it."""
     import gguf  # noqa: F401 (what a run imports late would count as its memory)
     import rich.progress  # noqa: F401
@@ -188,7 +188,7 @@ def _config(name: str, overrides: Sequence[str], folder: Path) -> Any:
     file = folder / "config.json"
     file.write_text(json.dumps({**fields, "output_dir": str(folder / "run")}))
     config = TrainConfig.from_file(file, overrides)
-    reuse_freed_memory(config.max_concurrent_adapters or len(config.adapters))
+    reuse_freed_memory(None if is_plan else config.max_concurrent_adapters or len(config.adapters))
     return config
 
 

@@ -96,7 +96,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], object] | None:
         print(remark, flush=True)
     if not arguments.config:
         print("No config given: running the embedded default. --help says how to write your own.", flush=True)
-    reuse_freed_memory(config.max_concurrent_adapters or len(config.adapters))
+    # A plan tries a step out several times, and what is compiled for it counts once.
+    reuse_freed_memory(None if arguments.plan else config.max_concurrent_adapters or len(config.adapters))
     if arguments.plan:
         _print_plan(config)
         return None

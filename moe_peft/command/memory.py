@@ -17,18 +17,20 @@ _SHARED_PRODUCTS, _PRODUCTS_OF_ADAPTER, _MOST_PRODUCTS = 24, 8, 256
 _TORCH_KEEPS = 16  # products of its own list; oneDNN's has them all
 
 
-def reuse_freed_memory(num_adapters: int) -> bool:
+def reuse_freed_memory(num_adapters: int | None) -> bool:
     """Let glibc keep freed memory instead of returning it to the kernel, and torch keep fewer compiled products.
 
     A training step frees and takes the same megabytes again; by default each round trip costs a page fault every 4 KiB.
 
     Args:
-        num_adapters: that train at once, at most.
+        num_adapters: that train at once, at most; None: of a process that comes back to shapes of long before.
 
     Returns:
         Whether this C library took the setting (only glibc does).
     """
-    kept = min(_MOST_PRODUCTS, _SHARED_PRODUCTS + _PRODUCTS_OF_ADAPTER * num_adapters)
+    kept = _MOST_PRODUCTS
+    if num_adapters is not None:
+        kept = min(kept, _SHARED_PRODUCTS + _PRODUCTS_OF_ADAPTER * num_adapters)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))  # read at the first product
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(_TORCH_KEEPS))
     if not sys.platform.startswith("linux"):

@@ -37,9 +37,11 @@ print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
 
 
 @pytest.mark.parametrize(
-    ("num_adapters", "own", "kept"), [(1, None, 32), (8, None, 88), (1000, None, 256), (1, "7", 7)]
+    ("num_adapters", "own", "kept"), [(1, None, 32), (8, None, 88), (1000, None, 256), (None, None, 256), (1, "7", 7)]
 )
-def test_compiled_products_are_kept_by_the_number_of_adapters(num_adapters: int, own: str | None, kept: int) -> None:
+def test_compiled_products_are_kept_by_the_number_of_adapters(
+    num_adapters: int | None, own: str | None, kept: int
+) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
     environment |= {} if own is None else {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": own}
     code = CAPACITY.format(num_adapters)
