@@ -15,7 +15,7 @@ def test_half_of_the_cases_were_not_fitted_to():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_is_a_config(name, tmp_path):
-    config = _config(name, ["seed=3"], tmp_path)
+    config = _config(name, ["seed=3"], tmp_path, is_plan=False)
     assert config.seed == 3
     assert len(config.adapters) == len(CASES[name]["config"]["adapters"])
 
