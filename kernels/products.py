@@ -21,6 +21,9 @@ MANY = 128
 SAFE_LENGTH, TILE = 8, 32
 # Rows of a product where the number of all rows must not decide how it is added up.
 ROWS_AT_A_TIME = 128
+# And a length that every row begins at the same alignment with: MKL's float64 products of rows of 7 numbers give a row
+# that begins 8 bytes behind a multiple of 16 other bits (seen on AMD's Zen 5).
+ALIGNED_LENGTH = 16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,9 +75,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not is_batch_invariant():
         return _whole_product(x, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
+    behind = -x.shape[1] % ALIGNED_LENGTH
+    weight = torch.nn.functional.pad(weight, (0, behind)) if behind else weight
     for rows, own in zip(x.split(ROWS_AT_A_TIME), out.split(ROWS_AT_A_TIME), strict=True):
-        short = ROWS_AT_A_TIME - rows.shape[0]
-        tile = torch.nn.functional.pad(rows, (0, 0, 0, short)) if short else rows.contiguous()
+        zeros = (0, behind, 0, ROWS_AT_A_TIME - rows.shape[0])
+        tile = torch.nn.functional.pad(rows, zeros) if any(zeros) else rows.contiguous()
         own.copy_(_whole_product(tile, weight, bias)[: rows.shape[0]])
     return out
 
