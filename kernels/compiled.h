@@ -100,6 +100,21 @@ MOE_INLINE void store(bfloat16* to, Vector x, Whole) {
 }
 
 // The first `count` of a vector; zeros behind them, and nothing is written there.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+MOE_INLINE uint32_t mask_of(int64_t count) { return (1u << count) - 1; }
+MOE_INLINE Vector load(const float* from, int64_t count) {
+    return (Vector)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask_of(count)), from);
+}
+MOE_INLINE Vector load(const bfloat16* from, int64_t count) {
+    return widened((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask_of(count)), from));
+}
+MOE_INLINE void store(float* to, Vector x, int64_t count) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask_of(count)), (__m512)x);
+}
+MOE_INLINE void store(bfloat16* to, Vector x, int64_t count) {
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask_of(count)), (__m256i)rounded(x));
+}
+#else
 template <class T>
 MOE_INLINE Vector load(const T* from, int64_t count) {
     T part[W] = {};
@@ -113,6 +128,7 @@ MOE_INLINE void store(T* to, Vector x, int64_t count) {
     store(part, x, Whole());
     std::memcpy(to, part, count * sizeof(T));
 }
+#endif
 
 // What a value is after a store and a load.
 MOE_INLINE Vector through(const float*, Vector x) { return x; }
@@ -167,42 +183,71 @@ MOE_INLINE float largest(Vector x) {
     return most;
 }
 
+// Of N vectors step by step beside each other: one alone would wait for each of its own steps.
 // Within 2 units in the last place; below -87.3 it may be 0, where float32 is subnormal, and above 88 it is constant.
-MOE_INLINE Vector exp(Vector x) {
+template <int N>
+MOE_INLINE void exp(const Vector (&x)[N], Vector (&y)[N]) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    Vector shifted[N], r[N], p[N];
+    auto each = [](auto body) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) body(i);
+    };
 #if defined(__AVX512F__)
     // Either bound is below x or above it, or x is a NaN, which the second operand passes on.
-    Vector y = (Vector)_mm512_max_ps((__m512)splat(-150.0f), _mm512_min_ps((__m512)splat(88.0f), (__m512)x));
+    each([&](int i) {
+        r[i] = (Vector)_mm512_max_ps((__m512)splat(-150.0f), _mm512_min_ps((__m512)splat(88.0f), (__m512)x[i]));
+    });
 #else
-    Vector y = x > 88.0f ? splat(88.0f) : x;
+    each([&](int i) { r[i] = x[i] > 88.0f ? splat(88.0f) : x[i]; });
 #endif
-    Vector shifted = y * 1.44269504088896341f + magic;
-    Vector n = shifted - magic;
-    Vector r = y - n * 0.693359375f - n * -2.12194440e-4f;
-    Vector p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    each([&](int i) { shifted[i] = r[i] * 1.44269504088896341f + magic; });
+    each([&](int i) { r[i] -= (shifted[i] - magic) * 0.693359375f; });
+    each([&](int i) { r[i] -= (shifted[i] - magic) * -2.12194440e-4f; });
+    each([&](int i) { p[i] = splat(1.9875691500e-4f); });
+#pragma GCC unroll 8
+    for (float factor : factors) each([&](int i) { p[i] = p[i] * r[i] + factor; });
+    each([&](int i) { p[i] = p[i] * r[i] * r[i] + r[i] + 1.0f; });
 #if defined(__AVX512F__)
-    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+    each([&](int i) { y[i] = (Vector)_mm512_scalef_ps((__m512)p[i], (__m512)(shifted[i] - magic)); });
 #else
-    Ints power = ((Ints)shifted - (Ints)splat(magic) + 127) << 23;
-    return x < -87.33f ? Vector{} : p * (Vector)power;
+    each([&](int i) {
+        Ints power = ((Ints)shifted[i] - (Ints)splat(magic) + 127) << 23;
+        y[i] = x[i] < -87.33f ? Vector{} : p[i] * (Vector)power;
+    });
 #endif
 }
 
+MOE_INLINE Vector exp(Vector x) {
+    Vector y[1];
+    exp<1>({x}, y);
+    return y[0];
+}
+
 // Within 4 units in the last place.
-MOE_INLINE Vector sigmoid(Vector x) {
-    Vector divisor = 1.0f + exp(-x);
+template <int N>
+MOE_INLINE void sigmoid(const Vector (&x)[N], Vector (&y)[N]) {
+    Vector divisor[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) y[i] = -x[i];
+    exp<N>(y, divisor);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        divisor[i] += 1.0f;
 #if defined(__AVX512F__)
-    Vector close = (Vector)_mm512_rcp14_ps((__m512)divisor);  // a division would take longer than all the rest
-    return close * (2.0f - divisor * close);                  // Newton's step doubles the right bits
+        Vector close = (Vector)_mm512_rcp14_ps((__m512)divisor[i]);  // a division would take longer than all the rest
+        y[i] = close * (2.0f - divisor[i] * close);                  // Newton's step doubles the right bits
 #else
-    return 1.0f / divisor;
+        y[i] = 1.0f / divisor[i];
 #endif
+    }
+}
+
+MOE_INLINE Vector sigmoid(Vector x) {
+    Vector y[1];
+    sigmoid<1>({x}, y);
+    return y[0];
 }
 
 // Runs `body` on several threads at once: torch's own, which every OpenMP library lends under this name.

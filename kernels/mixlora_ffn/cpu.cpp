@@ -1,94 +1,123 @@
 // The mixture of LoRA experts between the frozen products of a SwiGLU layer: all that is F wide, forward and backward.
 //
-// Letters as in pieces.h, and N the choices of a tile.
+// Letters as in pieces.h; F also names the type of what is multiplied.
+#include "products.h"
 #include "sums.h"
-#include "tiles.h"
 
 namespace moe::mixlora_ffn {
 
-// Where a choice's columns of one panel are.
+// Where a choice's columns of a chunk are.
 template <class T>
 struct Place {
-    int64_t token, at;  // `at` in [T, F]
+    int64_t at;  // in [T, F]
     const T* mask;
 
-    Place(const Group<T>& group, const Task<T>& task, int64_t choice, int64_t offset)
-        : token(choice / group.top_k), at(token * group.features + task.columns.start + offset) {
-        mask = task.part.h_mask ? task.part.h_mask + at - task.part.start * group.features : nullptr;
-    }
+    Place(const Group<T>& group, const Task<T>& task, int64_t choice)
+        : at(choice / group.top_k * group.features + task.columns.start),
+          mask(task.part.h_mask ? task.part.h_mask + at - task.part.start * group.features : nullptr) {}
 };
 
+constexpr int64_t AHEAD = 2;  // choices
+
+// Fetch a band of what is read in an order that no processor foresees.
 template <class T>
+MOE_INLINE void fetch(const T* band) {
+    for (int64_t i = 0; i < BAND; i += LINE / sizeof(T)) __builtin_prefetch(band + i);
+}
+
+// Calls `body(i, rows)` for a run's choices: two at a time as long as there are two.
+template <class Body>
+MOE_INLINE void by_twos(const Run& run, Body body) {
+    int64_t i = 0;
+    for (; i + 2 <= run.size; i += 2) body(i, std::integral_constant<int, 2>());
+    if (i < run.size) body(i, std::integral_constant<int, 1>());
+}
+
+template <class T, class F>
 struct ForwardScratch {
-    Table table1, table3, down;
-    Buffer a1, a3, u1, u3, products;
-    BlockSums sums;
+    Factors<F> of_gate, of_up, of_down;
+    Rows<F> h, masked_h;
+    Buffer products;
 
-    ForwardScratch(const Group<T>& group, const Chunks& chunks)
-        : table1(group, chunks),
-          table3(group, chunks),
-          down(group, chunks),
-          a1(TILE * group.rank),
-          a3(TILE * group.rank),
-          u1(TILE * chunks.width),
-          u3(TILE * chunks.width),
-          products(TILE * group.rank),
-          sums(chunks) {}
+    ForwardScratch(const Group<T>& group, int64_t width)
+        : of_gate(group, width, Read::RAISING),
+          of_up(group, width, Read::RAISING),
+          of_down(group, width, Read::DOTS),
+          h(group, width),
+          masked_h(group, width),
+          products(BLOCK * group.top_k * group.rank) {}
 };
 
-// g h is added to the block's sums, and what the down experts read takes the place of u1.
-template <class T>
-void forward_panel(const Group<T>& group, const Task<T>& task, const Block& block, const Tile& tile, int64_t offset,
-                   int64_t width, ForwardScratch<T>& s) {
-    float *u1s = s.u1 + offset * TILE, *u3s = s.u3 + offset * TILE;
-    raise(s.a1, tile, s.table1, offset, u1s);
-    raise(s.a3, tile, s.table3, offset, u3s);
-    const float scaling = task.part.scaling;
-    for (int64_t i = 0; i < tile.size; ++i, u1s += PANEL, u3s += PANEL) {
-        const Place<T> place(group, task, tile.choices[i], offset);
-        const T *p1 = group.p1 + place.at, *p3 = group.p3 + place.at;
-        const float gate = group.gates[tile.choices[i]];
-        float* sums = s.sums.row(block, place.token) + offset;
-        across(width, [&](int64_t j, auto count) {
-            Vector u1 = load(p1 + j, count) + scaling * load(u1s + j, Whole());
-            Vector u3 = load(p3 + j, count) + scaling * load(u3s + j, Whole());
-            Vector h = u1 * sigmoid(u1) * u3;
-            store(sums + j, load(sums + j, count) + gate * h, count);
-            store(u1s + j, first(place.mask ? h * load(place.mask + j, count) : h, count), Whole());
-        });
+// h of ROWS choices of a run, from number `i` on; where there is a mask, also what the down experts read.
+template <int ROWS, class T, class F>
+void forward_rows(const Group<T>& group, const Task<T>& task, const Run& run, int64_t i, const Lowered<F>& a1,
+                  const Lowered<F>& a3, ForwardScratch<T, F>& s) {
+    int64_t at[ROWS], next[ROWS];
+    const T* masks[ROWS];
+    for (int row = 0; row < ROWS; ++row) {
+        const Place<T> place(group, task, run.choices[i + row]);
+        at[row] = place.at;
+        masks[row] = place.mask;
+        next[row] = Place<T>(group, task, run.choices[std::min(i + row + AHEAD, run.size - 1)]).at;
     }
+    task.columns.bands([&](int64_t offset, auto first, auto second) {
+        Vector u1[ROWS][2], u3[ROWS][2];
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            const T *p1 = group.p1 + at[row] + offset, *p3 = group.p3 + at[row] + offset;
+            fetch(group.p1 + next[row] + offset);
+            fetch(group.p3 + next[row] + offset);
+            u1[row][0] = load(p1, first);
+            u1[row][1] = load(p1 + W, second);
+            u3[row][0] = load(p3, first);
+            u3[row][1] = load(p3 + W, second);
+        }
+        if (s.of_gate.is_there) raise<ROWS>(a1.row(run, i), a1.ranks, s.of_gate.raising.band(run.expert, offset), u1);
+        if (s.of_up.is_there) raise<ROWS>(a3.row(run, i), a3.ranks, s.of_up.raising.band(run.expert, offset), u3);
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            Vector h[2], s1[2];
+            sigmoid(u1[row], s1);
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) h[v] = u1[row][v] * s1[v] * u3[row][v];
+            const int64_t place = run.place + i + row;
+            Lanes<F>::store(s.h.row(place) + offset, h[0], h[1]);
+            if (!masks[row]) continue;
+            const T* mask = masks[row] + offset;
+            Lanes<F>::store(s.masked_h.row(place) + offset, h[0] * load(mask, first), h[1] * load(mask + W, second));
+        }
+    });
 }
 
 template <class T>
 void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
+    using F = Multiplied<T>;
     const Plan<T> plan(group);
-    const Shares shares(group.tokens * group.top_k, lowered ? group.rank : 0, plan.chunks.count);
-    auto make = [&] { return ForwardScratch<T>(group, plan.chunks); };
-    plan.run(threads, make, [&](const Task<T>& task, ForwardScratch<T>& s) {
-        s.table1.fill_turned(task.part.b1, task.chosen, task.columns);
-        s.table3.fill_turned(task.part.b3, task.chosen, task.columns);
-        s.down.fill(task.part.down_a, task.chosen, task.columns);
+    const int64_t rank = group.rank;
+    const Lowered<F> a1(group.a1, group, plan, threads), a3(group.a3, group, plan, threads);
+    const Shares shares(group.tokens * group.top_k, lowered ? rank : 0, plan.chunks.count);
+    auto make = [&] { return ForwardScratch<T, F>(group, plan.chunks.width); };
+    plan.run(threads, make, [&](const Task<T>& task, ForwardScratch<T, F>& s) {
+        s.of_gate.fill_turned(task.part.b1, task.chosen, task.columns, group.features, task.part.scaling);
+        s.of_up.fill_turned(task.part.b3, task.chosen, task.columns, group.features, task.part.scaling);
+        s.of_down.fill(task.part.down_a, task.chosen, task.columns, group.features);
+        const Rows<F>& read = task.part.h_mask ? s.masked_h : s.h;
         for (const Block& block : task.blocks) {
-            block.fetch(group.p1, task.columns, group.features);
-            block.fetch(group.p3, task.columns, group.features);
-            s.sums.clear(block);
-            block.tiles([&](const Tile& tile) {
-                if (s.table1.is_there) gather(group.a1, group, tile, s.a1);
-                if (s.table3.is_there) gather(group.a3, group, tile, s.a3);
-                task.columns.panels(
-                    [&](int64_t offset, int64_t width) { forward_panel(group, task, block, tile, offset, width, s); });
-                if (!s.down.is_there) return;
-                inner_products(s.u1, tile, s.down, task.columns, s.products);
-                for (int64_t i = 0; i < tile.size; ++i)
-                    for (int64_t r = 0; r < group.rank; ++r)
-                        shares.of(task.chunk, tile.choices[i])[r] =
-                            group.gates[tile.choices[i]] * s.products[i * group.rank + r];
+            block.runs([&](const Run& run) {
+                by_twos(run, [&](int64_t i, auto rows) { forward_rows<rows.value>(group, task, run, i, a1, a3, s); });
+                if (!s.of_down.is_there) return;
+                dots<F>(read.row(run.place), read.width, run.size, s.of_down.dotted, run.expert, task.columns,
+                        s.products);
+                for (int64_t i = 0; i < run.size; ++i)
+                    for (int64_t r = 0; r < rank; ++r)
+                        shares.of(task.chunk, run.choices[i])[r] =
+                            group.gates[run.choices[i]] * s.products[i * rank + r];
             });
-            s.sums.write(block, task.columns, hidden, group.features);
+            s.h.write_sums(block, task.columns, group, hidden, [&](int64_t choice) { return group.gates[choice]; });
         }
     });
     for (const Part<T>& part : plan.parts)
-        if (lowered) shares.scatter(group, part, 1.0f, lowered, group.all_ranks(), threads);
+        if (lowered) shares.scatter(group, part, lowered, group.all_ranks(), threads);
 }
 
 // What comes in, and what goes out; a null for what is not there.
@@ -102,123 +131,156 @@ struct Gradients {
     float *db1, *db3, *ddown_a;  // [P, E, F, R] without the scaling, [P, E, R, F]
 };
 
-template <class T>
-struct BackwardScratch {
-    Table table1, table3, down, db1, db3, ddown_a;
-    Buffer a1, a3, z, gz, du1, du3, h, products;
-    BlockSums dp1, dp3;
-
-    BackwardScratch(const Group<T>& group, const Chunks& chunks)
-        : table1(group, chunks),
-          table3(group, chunks),
-          down(group, chunks),
-          db1(group, chunks),
-          db3(group, chunks),
-          ddown_a(group, chunks),
-          a1(TILE * group.rank),
-          a3(TILE * group.rank),
-          z(TILE * group.rank),
-          gz(TILE * group.rank),
-          du1(TILE * chunks.width),
-          du3(TILE * chunks.width),
-          h(TILE * chunks.width),
-          products(TILE * group.rank),
-          dp1(chunks),
-          dp3(chunks) {}
+// `A1 x`, `A3 x`, and the gradient of C, whose turned ranks have the gates in them.
+template <class F>
+struct AllLowered {
+    Lowered<F> a1, a3, z;
 };
 
-// du1 and du3 take the places of u1 and u3, and are added to the block's dp1 and dp3; what the down experts read takes
-// that of their gradient. `dgates` has the choices' shares up to this panel.
-template <class T>
-void backward_panel(const Group<T>& group, const Gradients<T>& grads, const Task<T>& task, const Block& block,
-                    const Tile& tile, int64_t offset, int64_t width, Vector* dgates, BackwardScratch<T>& s) {
-    float *u1s = s.du1 + offset * TILE, *u3s = s.du3 + offset * TILE, *downs = s.h + offset * TILE;
-    raise(s.a1, tile, s.table1, offset, u1s);
-    raise(s.a3, tile, s.table3, offset, u3s);
-    raise(s.z, tile, s.down, offset, downs);
-    const float scaling = task.part.scaling;
-    for (int64_t i = 0; i < tile.size; ++i, u1s += PANEL, u3s += PANEL, downs += PANEL) {
-        const Place<T> place(group, task, tile.choices[i], offset);
-        const T *p1 = group.p1 + place.at, *p3 = group.p3 + place.at, *dhidden = grads.dhidden + place.at;
-        const float gate = group.gates[tile.choices[i]];
-        float *dp1 = s.dp1.row(block, place.token) + offset, *dp3 = s.dp3.row(block, place.token) + offset;
-        Vector dgate = dgates[i];
-        across(width, [&](int64_t j, auto count) {
-            Vector u1 = load(p1 + j, count) + scaling * load(u1s + j, Whole());
-            Vector u3 = load(p3 + j, count) + scaling * load(u3s + j, Whole());
-            Vector mask = place.mask ? load(place.mask + j, count) : splat(1.0f);
-            Vector dh = load(dhidden + j, count) + mask * load(downs + j, Whole());
-            Vector s1 = sigmoid(u1), silu = u1 * s1, h = silu * u3;
-            dgate += first(dh * h, count);
-            dh *= gate;
-            Vector du3 = first(dh * silu, count);
-            Vector du1 = first(dh * u3 * (s1 + silu * (1.0f - s1)), count);
-            store(u1s + j, du1, Whole());
-            store(u3s + j, du3, Whole());
-            store(downs + j, first(mask * h, count), Whole());
-            store(dp1 + j, load(dp1 + j, count) + du1, count);
-            store(dp3 + j, load(dp3 + j, count) + du3, count);
-        });
-        dgates[i] = dgate;
+template <class T, class F>
+struct BackwardScratch {
+    Factors<F> of_gate, of_up, of_down;
+    FactorSums<F> db1, db3, ddown_a;
+    Rows<F> du1, du3, h;
+    Buffer dgates, products;
+
+    BackwardScratch(const Group<T>& group, int64_t width)
+        : of_gate(group, width, Read::BOTH),
+          of_up(group, width, Read::BOTH),
+          of_down(group, width, Read::RAISING),
+          db1(group, width),
+          db3(group, width),
+          ddown_a(group, width),
+          du1(group, width),
+          du3(group, width),
+          h(group, width),
+          dgates((BLOCK * group.top_k + W) * W),
+          products(BLOCK * group.top_k * group.rank) {}
+};
+
+// du1, du3 and what the down experts read, of ROWS choices of a run from number `i` on; and the gates' gradients, each
+// as a vector to be added up.
+template <int ROWS, class T, class F>
+void backward_rows(const Group<T>& group, const Gradients<T>& grads, const Task<T>& task, const Run& run, int64_t i,
+                   const AllLowered<F>& low, BackwardScratch<T, F>& s) {
+    int64_t at[ROWS], next[ROWS];
+    const T* masks[ROWS];
+    float gates[ROWS];
+    for (int row = 0; row < ROWS; ++row) {
+        const Place<T> place(group, task, run.choices[i + row]);
+        at[row] = place.at;
+        masks[row] = place.mask;
+        gates[row] = group.gates[run.choices[i + row]];
+        next[row] = Place<T>(group, task, run.choices[std::min(i + row + AHEAD, run.size - 1)]).at;
     }
-    if (s.table1.is_there) add_outer(s.a1, tile, s.du1 + offset * TILE, s.db1, offset);
-    if (s.table3.is_there) add_outer(s.a3, tile, s.du3 + offset * TILE, s.db3, offset);
-    if (s.down.is_there) add_outer(s.gz, tile, s.h + offset * TILE, s.ddown_a, offset);
+    Vector dgates[ROWS] = {};
+    task.columns.bands([&](int64_t offset, auto first, auto second) {
+        Vector u1[ROWS][2], u3[ROWS][2], down[ROWS][2] = {};
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            const T *p1 = group.p1 + at[row] + offset, *p3 = group.p3 + at[row] + offset;
+            fetch(group.p1 + next[row] + offset);
+            fetch(group.p3 + next[row] + offset);
+            fetch(grads.dhidden + next[row] + offset);
+            u1[row][0] = load(p1, first);
+            u1[row][1] = load(p1 + W, second);
+            u3[row][0] = load(p3, first);
+            u3[row][1] = load(p3 + W, second);
+        }
+        if (s.of_gate.is_there)
+            raise<ROWS>(low.a1.row(run, i), low.a1.ranks, s.of_gate.raising.band(run.expert, offset), u1);
+        if (s.of_up.is_there)
+            raise<ROWS>(low.a3.row(run, i), low.a3.ranks, s.of_up.raising.band(run.expert, offset), u3);
+        if (s.of_down.is_there)
+            raise<ROWS>(low.z.row(run, i), low.z.ranks, s.of_down.raising.band(run.expert, offset), down);
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            const T* dhidden = grads.dhidden + at[row] + offset;
+            Vector dh[2] = {load(dhidden, first), load(dhidden + W, second)}, mask[2] = {splat(1.0f), splat(1.0f)};
+            if (masks[row]) {
+                mask[0] = load(masks[row] + offset, first);
+                mask[1] = load(masks[row] + offset + W, second);
+            }
+            Vector du1[2], du3[2], h[2], s1[2];
+            sigmoid(u1[row], s1);
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                Vector all = dh[v] + mask[v] * down[row][v];
+                Vector silu = u1[row][v] * s1[v];
+                h[v] = silu * u3[row][v];
+                dgates[row] += all * h[v];
+                all *= gates[row];
+                du3[v] = all * silu;
+                du1[v] = all * u3[row][v] * (s1[v] + silu * (1.0f - s1[v]));
+                h[v] *= mask[v];
+            }
+            const int64_t place = run.place + i + row;
+            Lanes<F>::store(s.du1.row(place) + offset, du1[0], du1[1]);
+            Lanes<F>::store(s.du3.row(place) + offset, du3[0], du3[1]);
+            if (s.of_down.is_there) Lanes<F>::store(s.h.row(place) + offset, h[0], h[1]);
+        }
+    });
+    for (int row = 0; row < ROWS; ++row) store(s.dgates + (i + row) * W, dgates[row], Whole());
 }
 
 template <class T>
 void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads) {
+    using F = Multiplied<T>;
     const Plan<T> plan(group);
-    const int64_t choices = group.tokens * group.top_k, rank = group.rank, factors = group.all_ranks() * group.features;
+    const int64_t choices = group.tokens * group.top_k, rank = group.rank, features = group.features;
+    const int64_t experts = group.num_experts, factors = group.all_ranks() * features;
+    auto one = [](int64_t) { return 1.0f; };
+    const AllLowered<F> low{
+        {group.a1, group, plan, threads, one},
+        {group.a3, group, plan, threads, one},
+        {grads.dlowered, group, plan, threads, [&](int64_t choice) { return group.gates[choice]; }}};
     const Shares da1(choices, group.a1 ? rank : 0, plan.chunks.count);
     const Shares da3(choices, group.a3 ? rank : 0, plan.chunks.count);
     const Shares shares_of_gates(choices, 1, plan.chunks.count);
-    auto make = [&] { return BackwardScratch<T>(group, plan.chunks); };
-    plan.run(threads, make, [&](const Task<T>& task, BackwardScratch<T>& s) {
-        s.table1.fill_turned(task.part.b1, task.chosen, task.columns);
-        s.table3.fill_turned(task.part.b3, task.chosen, task.columns);
-        s.down.fill(task.part.down_a, task.chosen, task.columns);
-        for (Table* sums : {&s.db1, &s.db3, &s.ddown_a}) sums->clear();
+    auto make = [&] { return BackwardScratch<T, F>(group, plan.chunks.width); };
+    plan.run(threads, make, [&](const Task<T>& task, BackwardScratch<T, F>& s) {
+        s.of_gate.fill_turned(task.part.b1, task.chosen, task.columns, features, task.part.scaling);
+        s.of_up.fill_turned(task.part.b3, task.chosen, task.columns, features, task.part.scaling);
+        s.of_down.fill(task.part.down_a, task.chosen, task.columns, features);
+        for (const auto* sums : {&s.db1, &s.db3, &s.ddown_a}) sums->clear(task.chosen);
         for (const Block& block : task.blocks) {
-            for (const T* x : {group.p1, group.p3, grads.dhidden}) block.fetch(x, task.columns, group.features);
-            s.dp1.clear(block);
-            s.dp3.clear(block);
-            block.tiles([&](const Tile& tile) {
-                if (s.table1.is_there) gather(group.a1, group, tile, s.a1);
-                if (s.table3.is_there) gather(group.a3, group, tile, s.a3);
-                if (s.down.is_there) gather(grads.dlowered, group, tile, s.z);
-                for (int64_t i = 0; i < tile.size && s.down.is_there; ++i)
-                    for (int64_t r = i * rank; r < (i + 1) * rank; ++r) s.gz[r] = group.gates[tile.choices[i]] * s.z[r];
-                Vector dgates[TILE] = {};
-                task.columns.panels([&](int64_t offset, int64_t width) {
-                    backward_panel(group, grads, task, block, tile, offset, width, dgates, s);
-                });
-                auto share = [&](const Table& table, const float* values, const Shares& shares) {
-                    if (!table.is_there) return;
-                    inner_products(values, tile, table, task.columns, s.products);
-                    for (int64_t i = 0; i < tile.size; ++i)
-                        std::copy_n(s.products + i * rank, rank, shares.of(task.chunk, tile.choices[i]));
+            block.runs([&](const Run& run) {
+                by_twos(run,
+                        [&](int64_t i, auto rows) { backward_rows<rows.value>(group, grads, task, run, i, low, s); });
+                auto add = [&](const F* turned, const Rows<F>& rows, const FactorSums<F>& sums) {
+                    add_outer(turned, rows.row(run.place), rows.width, run.size, sums.sums, run.expert, task.columns);
                 };
-                share(s.table1, s.du1, da1);
-                share(s.table3, s.du3, da3);
-                for (int64_t i = 0; i < tile.size; i += W) {
-                    Vector totals = sums_of(dgates + i);
-                    for (int64_t j = i; j < std::min(i + W, tile.size); ++j)
-                        *shares_of_gates.of(task.chunk, tile.choices[j]) = totals[j - i];
+                auto reading_x = [&](const Factors<F>& of, const Lowered<F>& lowered, const Rows<F>& rows,
+                                     const FactorSums<F>& sums, const Shares& shares) {
+                    if (!of.is_there) return;
+                    dots<F>(rows.row(run.place), rows.width, run.size, of.dotted, run.expert, task.columns, s.products);
+                    for (int64_t i = 0; i < run.size; ++i)
+                        copy(s.products + i * rank, rank, shares.of(task.chunk, run.choices[i]));
+                    add(lowered.of_run(run), rows, sums);
+                };
+                reading_x(s.of_gate, low.a1, s.du1, s.db1, da1);
+                reading_x(s.of_up, low.a3, s.du3, s.db3, da3);
+                if (s.of_down.is_there) add(low.z.of_run(run), s.h, s.ddown_a);
+                for (int64_t i = 0; i < run.size; i += W) {
+                    Vector all[W];
+                    for (int k = 0; k < W; ++k) all[k] = load(s.dgates + (i + k) * W, Whole());
+                    Vector totals = sums_of(all);
+                    for (int64_t k = i; k < std::min(i + W, run.size); ++k)
+                        *shares_of_gates.of(task.chunk, run.choices[k]) = totals[k - i];
                 }
             });
-            s.dp1.write(block, task.columns, grads.dp1, group.features);
-            s.dp3.write(block, task.columns, grads.dp3, group.features);
+            s.du1.write_sums(block, task.columns, group, grads.dp1, one);
+            s.du3.write_sums(block, task.columns, group, grads.dp3, one);
         }
-        if (s.table1.is_there) s.db1.write_turned(grads.db1 + task.index * factors, task.columns);
-        if (s.table3.is_there) s.db3.write_turned(grads.db3 + task.index * factors, task.columns);
-        if (s.down.is_there) s.ddown_a.write(grads.ddown_a + task.index * factors, task.columns);
+        if (s.of_gate.is_there) s.db1.write_turned(grads.db1 + task.index * factors, experts, task.columns, features);
+        if (s.of_up.is_there) s.db3.write_turned(grads.db3 + task.index * factors, experts, task.columns, features);
+        if (s.of_down.is_there) s.ddown_a.write(grads.ddown_a + task.index * factors, experts, task.columns, features);
     });
     for (int64_t i = 0; i < choices; ++i) grads.dgates[i] = shares_of_gates.total(i, 0, int64_t(1))[0];
     const int64_t stride = ((group.a1 != nullptr) + (group.a3 != nullptr)) * group.all_ranks();
     for (const Part<T>& part : plan.parts) {
-        if (group.a1) da1.scatter(group, part, part.scaling, grads.da, stride, threads);
-        if (group.a3) da3.scatter(group, part, part.scaling, grads.da + stride - group.all_ranks(), stride, threads);
+        if (group.a1) da1.scatter(group, part, grads.da, stride, threads);
+        if (group.a3) da3.scatter(group, part, grads.da + stride - group.all_ranks(), stride, threads);
     }
 }
 

@@ -3,20 +3,19 @@
 // A task is a chunk of a part's features; a part is an adapter's tokens. It walks the tokens in blocks, and a block
 // expert by expert, so that all that chose an expert read its factors from the nearest cache. Pieces depend on sizes
 // and routing alone and no two tasks add to one number: results are the same on any number of threads.
-// Letters: T tokens, P parts, F ffn, E experts, K top-k, R rank, C columns of a chunk in whole panels.
+// Letters: T tokens, P parts, F ffn, E experts, K top-k, R rank, C columns of a chunk in whole bands.
 #pragma once
 
 #include <vector>
 
-#include "../small_gemm.h"
+#include "../lanes.h"
 
 namespace moe::mixlora_ffn {
 
-constexpr int64_t CHUNK = 256;  // most columns of a chunk: a block's sums of so many stay in a core's cache
+constexpr int64_t CHUNK = 256;  // most columns of a chunk: a block's values of so many stay in a core's cache
 constexpr int64_t BLOCK = 256;  // tokens
-constexpr int64_t TILE = 32;    // choices of one expert that are computed together
 constexpr int64_t LINE = 64;    // bytes of a cache's line
-static_assert(CHUNK % PANEL == 0);
+static_assert(CHUNK % BAND == 0);
 
 // A part's own; what it has not is null.
 template <class T>
@@ -58,11 +57,16 @@ struct Group {
 struct Columns {
     int64_t start, size;
 
-    // Calls `body(offset, width)` for their panels.
+    // Calls `body(offset, count, count)` for their bands, with the counts of both vectors.
     template <class Body>
-    MOE_INLINE void panels(Body body) const {
-        for (int64_t offset = 0; offset < size; offset += PANEL) body(offset, std::min<int64_t>(PANEL, size - offset));
+    MOE_INLINE void bands(Body body) const {
+        int64_t offset = 0;
+        for (; offset + BAND <= size; offset += BAND) body(offset, Whole(), Whole());
+        int64_t rest = size - offset;
+        if (rest) body(offset, std::min<int64_t>(rest, W), std::max<int64_t>(rest - W, 0));
     }
+
+    int64_t whole_bands() const { return (size + BAND - 1) / BAND * BAND; }
 };
 
 struct Chunks {
@@ -70,7 +74,7 @@ struct Chunks {
 
     explicit Chunks(int64_t features) : features(features) {
         int64_t wanted = std::max<int64_t>(1, (features + CHUNK - 1) / CHUNK);
-        width = whole_panels((features + wanted - 1) / wanted);
+        width = Columns{0, (features + wanted - 1) / wanted}.whole_bands();
         count = (features + width - 1) / width;
     }
 
@@ -80,97 +84,48 @@ struct Chunks {
     }
 };
 
-// Some choices of one expert, each t * K + its slot.
-struct Tile {
+// A block's choices of one expert.
+struct Run {
     int64_t expert, size;
+    int64_t place, row;  // of the first: among the block's, and among all that has rows of its own for each run
     const int64_t* choices;
 };
 
-// Neighbouring tokens of one part.
+// Neighbouring tokens of one part, and their choices: a choice is t * K + its slot.
 struct Block {
-    int64_t start, end;
+    int64_t start, end, row;
     std::vector<int64_t> choices;  // by expert, then by token
     std::vector<int64_t> bounds;   // of each expert's, [E + 1]
+    std::vector<int64_t> places;   // of each token's choices among all, [tokens, K]
 
     template <class T>
-    Block(int64_t start, int64_t end, const Group<T>& group)
-        : start(start), end(end), choices((end - start) * group.top_k), bounds(group.num_experts + 1) {
+    Block(int64_t start, int64_t end, int64_t row, const Group<T>& group)
+        : start(start),
+          end(end),
+          row(row),
+          choices((end - start) * group.top_k),
+          bounds(group.num_experts + 1),
+          places(choices.size()) {
         const int64_t first = start * group.top_k, last = end * group.top_k;
         for (int64_t i = first; i < last; ++i) ++bounds[group.experts[i] + 1];
         for (int64_t e = 0; e < group.num_experts; ++e) bounds[e + 1] += bounds[e];
         std::vector<int64_t> next(bounds);
-        for (int64_t i = first; i < last; ++i) choices[next[group.experts[i]]++] = i;
+        for (int64_t i = first; i < last; ++i) {
+            places[i - first] = next[group.experts[i]]++;
+            choices[places[i - first]] = i;
+        }
     }
 
-    // Fetch what the tiles will read in another order, which no processor foresees.
-    template <class T>
-    void fetch(const T* x, const Columns& columns, int64_t features) const {
-        for (int64_t t = start; t < end; ++t)
-            for (int64_t i = 0; i < columns.size; i += LINE / sizeof(T))
-                __builtin_prefetch(x + t * features + columns.start + i, 0, 2);
-    }
-
+    // Calls `body(run)` for every expert that any of the tokens chose.
     template <class Body>
-    void tiles(Body body) const {
+    void runs(Body body) const {
         for (int64_t e = 0; e + 1 < static_cast<int64_t>(bounds.size()); ++e)
-            for (int64_t i = bounds[e]; i < bounds[e + 1]; i += TILE)
-                body(Tile{e, std::min(TILE, bounds[e + 1] - i), choices.data() + i});
-    }
-};
-
-// One chunk's columns of the factors of a part's experts, [E, C / PANEL, R, PANEL]; or the gradients of them.
-struct Table {
-    int64_t experts, rank, features, width;
-    Buffer memory;
-    bool is_there = false;
-
-    template <class T>
-    Table(const Group<T>& group, const Chunks& chunks)
-        : experts(group.num_experts), rank(group.rank), features(group.features), width(chunks.width), memory(size()) {}
-
-    int64_t size() const { return experts * rank * width; }
-
-    // The columns from `offset` on, a multiple of PANEL.
-    float* panel(int64_t expert, int64_t offset) const { return memory + (expert * width + offset) * rank; }
-
-    void clear() { std::fill_n(static_cast<float*>(memory), size(), 0.0f); }
-
-    // From B, [E, F, R]; of the experts that were chosen.
-    void fill_turned(const float* b, const std::vector<bool>& chosen, const Columns& columns) {
-        is_there = b;
-        for (int64_t e = 0; e < experts && b; ++e)
-            if (chosen[e])
-                pack_columns(b + (e * features + columns.start) * rank, rank, columns.size, rank, panel(e, 0));
+            if (bounds[e] < bounds[e + 1])
+                body(Run{e, bounds[e + 1] - bounds[e], bounds[e], row + bounds[e] + e, &choices[bounds[e]]});
     }
 
-    // From A, [E, R, F].
-    void fill(const float* a, const std::vector<bool>& chosen, const Columns& columns) {
-        is_there = a;
-        for (int64_t e = 0; e < experts && a; ++e)
-            if (chosen[e])
-                pack_rows(a + e * rank * features + columns.start, features, rank, columns.size, panel(e, 0));
-    }
-
-    // To [E, F, R].
-    void write_turned(float* b, const Columns& columns) const {
-        for (int64_t e = 0; e < experts; ++e)
-            columns.panels([&](int64_t offset, int64_t count) {
-                float* to = b + (e * features + columns.start + offset) * rank;
-                const float* own = panel(e, offset);
-                for (int64_t i = 0; i < count; ++i)
-                    for (int64_t r = 0; r < rank; ++r) to[i * rank + r] = own[r * PANEL + i];
-            });
-    }
-
-    // To [E, R, F].
-    void write(float* a, const Columns& columns) const {
-        for (int64_t e = 0; e < experts; ++e)
-            columns.panels([&](int64_t offset, int64_t count) {
-                for (int64_t r = 0; r < rank; ++r)
-                    std::copy_n(panel(e, offset) + r * PANEL, count,
-                                a + (e * rank + r) * features + columns.start + offset);
-            });
-    }
+    // Rows of all runs, and one behind each: where choices are taken two by two, the last may need it.
+    int64_t rows() const { return bounds.back() + static_cast<int64_t>(bounds.size()) - 1; }
 };
 
 // What a task works on.
@@ -189,16 +144,24 @@ struct Plan {
     const std::vector<Part<T>> parts;
     std::vector<std::vector<Block>> blocks;
     std::vector<std::vector<bool>> chosen;
+    int64_t room = 0;  // rows of all runs
 
     explicit Plan(const Group<T>& group) : chunks(group.features), parts(group.parts()) {
         for (const Part<T>& part : parts) {
             std::vector<Block>& own = blocks.emplace_back();
             std::vector<bool>& any = chosen.emplace_back(group.num_experts);
             for (int64_t start = part.start; start < part.end; start += BLOCK) {
-                own.emplace_back(start, std::min(start + BLOCK, part.end), group);
-                own.back().tiles([&](const Tile& tile) { any[tile.expert] = true; });
+                own.emplace_back(start, std::min(start + BLOCK, part.end), room, group);
+                room += own.back().rows();
+                own.back().runs([&](const Run& run) { any[run.expert] = true; });
             }
         }
+    }
+
+    // Calls `body(run)` for all runs.
+    template <class Body>
+    void each_run(int64_t threads, Body body) const {
+        for (const auto& own : blocks) parallel(own.size(), threads, [&](int64_t i) { own[i].runs(body); });
     }
 
     // Calls `body(task, made)` for all tasks, with what each thread made.

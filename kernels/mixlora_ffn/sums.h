@@ -1,4 +1,4 @@
-// Sums that tiles add to: over a block's tokens while a task runs, and over all columns when every task is done.
+// Sums over each token's choices within a task, and over all columns when every task is done.
 #pragma once
 
 #include "pieces.h"
@@ -7,25 +7,35 @@ namespace moe::mixlora_ffn {
 
 constexpr int64_t TOKENS = 64;  // a thread takes at a time to add up shares
 
-// Of a block's tokens, [BLOCK, C].
-struct BlockSums {
+// Of a block's choices, in their order by expert, [BLOCK * K, C].
+template <class F>
+struct Rows {
     int64_t width;
-    Buffer memory;
-
-    explicit BlockSums(const Chunks& chunks) : width(chunks.width), memory(BLOCK * width) {}
-
-    void clear(const Block& block) {
-        std::fill_n(static_cast<float*>(memory), (block.end - block.start) * width, 0.0f);
-    }
-
-    float* row(const Block& block, int64_t token) const { return memory + (token - block.start) * width; }
+    Numbers<F> numbers;
 
     template <class T>
-    void write(const Block& block, const Columns& columns, T* to, int64_t features) const {
-        for (int64_t t = block.start; t < block.end; ++t)
-            across(columns.size, [&](int64_t i, auto count) {
-                store(to + t * features + columns.start + i, load(row(block, t) + i, count), count);
+    Rows(const Group<T>& group, int64_t width) : width(width), numbers(BLOCK * group.top_k * width) {}
+
+    F* row(int64_t place) const { return numbers + place * width; }
+
+    // Every token's sum over its choices, each times what `weight(choice)` says, to [T, F].
+    template <class T, class Weight>
+    void write_sums(const Block& block, const Columns& columns, const Group<T>& group, T* to, Weight weight) const {
+        const int64_t top_k = group.top_k;
+        for (int64_t t = block.start; t < block.end; ++t) {
+            const int64_t* places = &block.places[(t - block.start) * top_k];
+            T* own = to + t * group.features + columns.start;
+            columns.bands([&](int64_t i, auto first, auto second) {
+                Vector sums[2] = {};
+                for (int64_t k = 0; k < top_k; ++k) {
+                    const F* more = row(places[k]) + i;
+                    const float factor = weight(t * top_k + k);
+                    sums[0] += load(more, Whole()) * factor;
+                    sums[1] += load(more + W, Whole()) * factor;
+                }
+                store_band(own + i, sums[0], sums[1], first, second);
             });
+        }
     }
 };
 
@@ -49,15 +59,13 @@ struct Shares {
 
     // Each token's at the ranks of its experts, zeros at all others, in rows of [T, ER] that are `stride` apart.
     template <class T>
-    void scatter(const Group<T>& group, const Part<T>& part, float factor, T* to, int64_t stride,
-                 int64_t threads) const {
+    void scatter(const Group<T>& group, const Part<T>& part, T* to, int64_t stride, int64_t threads) const {
         parallel_runs(part.end - part.start, TOKENS, threads, [&](int64_t first, int64_t last) {
             for (int64_t t = part.start + first; t < part.start + last; ++t) {
                 std::memset(to + t * stride, 0, group.all_ranks() * sizeof(T));
                 for (int64_t choice = t * group.top_k; choice < (t + 1) * group.top_k; ++choice) {
                     T* own = to + t * stride + group.experts[choice] * size;
-                    across(size,
-                           [&](int64_t i, auto count) { store(own + i, total(choice, i, count) * factor, count); });
+                    across(size, [&](int64_t i, auto count) { store(own + i, total(choice, i, count), count); });
                 }
             }
         });

@@ -1,0 +1,145 @@
+// Products of a run's choices with their expert's factors.
+//
+// Letters as in pieces.h, and N the choices of a run. What is multiplied is of numbers F, sums are float32.
+#pragma once
+
+#include "tables.h"
+
+namespace moe::mixlora_ffn {
+
+// Of every run's choices their expert's ranks, from [T, ER]: as rows [N, R] with zeros behind the last rank; and so
+// turned that a choice lies beside the next, [N / DEPTH, R, DEPTH], each times a weight.
+template <class F>
+struct Lowered {
+    static constexpr int DEPTH = Lanes<F>::DEPTH;
+    int64_t rank, ranks;
+    Numbers<F> rows, turned;
+
+    // Rows alone.
+    template <class T>
+    Lowered(const T* all, const Group<T>& group, const Plan<T>& plan, int64_t threads)
+        : rank(group.rank), ranks(whole_ranks<F>(rank)), rows(all ? plan.room * ranks : 0) {
+        if (!all) return;
+        plan.each_run(threads, [&](const Run& run) {
+            for (int64_t i = 0; i < run.size; ++i) {
+                copy(all + run.choices[i] / group.top_k * group.all_ranks() + run.expert * rank, rank, row(run, i));
+                std::fill(row(run, i) + rank, row(run, i) + ranks, F{});
+            }
+        });
+    }
+
+    // Both; `weight(choice)` is of what is turned.
+    template <class T, class Weight>
+    Lowered(const T* all, const Group<T>& group, const Plan<T>& plan, int64_t threads, Weight weight)
+        : Lowered(all, group, plan, threads) {
+        if (!all) return;
+        turned = Numbers<F>(plan.room * rank);
+        plan.each_run(threads, [&](const Run& run) {
+            std::fill_n(of_run(run), (run.size + DEPTH - 1) / DEPTH * DEPTH * rank, F{});
+            for (int64_t i = 0; i < run.size; ++i) {
+                F* to = of_run(run) + i / DEPTH * DEPTH * rank + i % DEPTH;
+                across(rank, [&](int64_t r, auto count) {
+                    F own[W];
+                    moe::store(own, load(row(run, i) + r, count) * weight(run.choices[i]), Whole());
+                    for (int64_t k = 0; k < count; ++k) to[(r + k) * DEPTH] = own[k];
+                });
+            }
+        });
+    }
+
+    F* row(const Run& run, int64_t i) const { return rows + (run.row + i) * ranks; }
+    F* of_run(const Run& run) const { return turned + run.row * rank; }
+};
+
+// Adds to a band of ROWS choices their ranks [ROWS, R] times the expert's factors of that band.
+template <int ROWS, class F>
+MOE_INLINE void raise(const F* lowered, int64_t ranks, const F* band, Vector (&sums)[ROWS][2]) {
+    using L = Lanes<F>;
+    for (int64_t r = 0; r < ranks; r += L::DEPTH, band += BAND * L::DEPTH) {
+        typename L::Packed right[2] = {L::load(band), L::load(band + W * L::DEPTH)};
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            typename L::Packed left = L::broadcast(lowered + row * ranks + r);
+            L::add_product(sums[row][0], left, right[0]);
+            L::add_product(sums[row][1], left, right[1]);
+        }
+    }
+}
+
+template <int ROWS, int RANKS, class F>
+MOE_INLINE void few_dots(const F* rows, int64_t stride, const F* band, int64_t next_band, int64_t columns, float* to,
+                         int64_t to_stride) {
+    using L = Lanes<F>;
+    constexpr int N = ROWS * RANKS, WHOLE = (N + W - 1) / W * W;
+    Vector totals[WHOLE] = {};
+    for (int64_t offset = 0; offset < columns; offset += BAND, band += next_band)
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < BAND; i += W * L::DEPTH) {
+            typename L::Packed own[ROWS];
+#pragma GCC unroll 4
+            for (int row = 0; row < ROWS; ++row) own[row] = L::load(rows + row * stride + offset + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < RANKS; ++r) {
+                typename L::Packed factor = L::load(band + r * BAND + i);
+#pragma GCC unroll 4
+                for (int row = 0; row < ROWS; ++row) L::add_product(totals[row * RANKS + r], own[row], factor);
+            }
+        }
+    float sums[WHOLE];
+#pragma GCC unroll 4
+    for (int i = 0; i < WHOLE; i += W) store(sums + i, sums_of(totals + i), Whole());
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) std::copy_n(sums + row * RANKS, RANKS, to + row * to_stride);
+}
+
+// Inner products of `size` rows, `stride` apart, with an expert's factors, over all columns: [N, R].
+template <class F>
+void dots(const F* rows, int64_t stride, int64_t size, const Table<F>& table, int64_t expert, const Columns& columns,
+          float* to) {
+    const int64_t rank = table.ranks, end = columns.whole_bands();
+    by_eights(rank, [&](int64_t r, auto count) {
+        const F* band = table.band(expert, 0) + r * BAND;
+        int64_t i = 0;
+        for (; i + 2 <= size; i += 2)
+            few_dots<2, count.value>(rows + i * stride, stride, band, rank * BAND, end, to + i * rank + r, rank);
+        if (i < size)
+            few_dots<1, count.value>(rows + i * stride, stride, band, rank * BAND, end, to + i * rank + r, rank);
+    });
+}
+
+// Adds to the gradients of an expert's factors: ranks of `size` choices, turned, times their rows.
+template <class F>
+void add_outer(const F* turned, const F* rows, int64_t stride, int64_t size, const Table<float>& sums, int64_t expert,
+               const Columns& columns) {
+    using L = Lanes<F>;
+    static const F nothing[BAND] = {};
+    for (int64_t offset = 0; offset < columns.size; offset += BAND) {
+        float* band = sums.band(expert, offset);
+        by_eights(sums.ranks, [&](int64_t first, auto count) {
+            constexpr int RANKS = decltype(count)::value;
+            Vector own[RANKS][2];
+#pragma GCC unroll 8
+            for (int r = 0; r < RANKS; ++r)
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v) own[r][v] = load(band + (first + r) * BAND + v * W, Whole());
+            for (int64_t i = 0; i < size; i += L::DEPTH) {
+                const F* row = rows + i * stride + offset;
+                typename L::Packed values[2];
+                L::beside(row, i + 1 < size ? row + stride : nothing, values);
+                const F* left = turned + i * sums.ranks + first * L::DEPTH;
+#pragma GCC unroll 8
+                for (int r = 0; r < RANKS; ++r) {
+                    typename L::Packed factor = L::broadcast(left + r * L::DEPTH);
+#pragma GCC unroll 2
+                    for (int v = 0; v < 2; ++v) L::add_product(own[r][v], factor, values[v]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < RANKS; ++r)
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v) store(band + (first + r) * BAND + v * W, own[r][v], Whole());
+        });
+    }
+}
+
+}  // namespace moe::mixlora_ffn
