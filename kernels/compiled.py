@@ -156,7 +156,7 @@ def _loaded(file: Path, just_made_by: str = "") -> Library:
 
 
 def _sources() -> list[Path]:
-    return sorted(_ROOM.glob("*/cpu.cpp"))
+    return sorted(_ROOM.glob("*/cpu*.cpp"))
 
 
 @functools.cache
@@ -175,7 +175,7 @@ def _compile(compiler: str, file: Path) -> None:
     file.parent.mkdir(mode=0o700, exist_ok=True)
     sources, end = _sources(), time.monotonic() + _COMPILER_SECONDS
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".compiling-") as folder:
-        objects = [Path(folder) / f"{source.parent.name}.o" for source in sources]
+        objects = [Path(folder) / f"{source.parent.name}-{source.stem}.o" for source in sources]
         running: list[subprocess.Popen[str]] = []
         try:
             for source, made in zip(sources, objects, strict=True):

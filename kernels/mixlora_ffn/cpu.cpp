@@ -1,37 +1,13 @@
 // The mixture of LoRA experts between the frozen products of a SwiGLU layer: all that is F wide, forward and backward.
 //
 // Letters as in pieces.h; F also names the type of what is multiplied.
+#include "ffn_group.h"
 #include "products.h"
 #include "sums.h"
 
 namespace moe::mixlora_ffn {
 
-// Where a choice's columns of a chunk are.
-template <class T>
-struct Place {
-    int64_t at;  // in [T, F]
-    const T* mask;
-
-    Place(const Group<T>& group, const Task<T>& task, int64_t choice)
-        : at(choice / group.top_k * group.features + task.columns.start),
-          mask(task.part.h_mask ? task.part.h_mask + at - task.part.start * group.features : nullptr) {}
-};
-
-constexpr int64_t AHEAD = 2;  // choices
-
-// Fetch a band of what is read in an order that no processor foresees.
-template <class T>
-MOE_INLINE void fetch(const T* band) {
-    for (int64_t i = 0; i < BAND; i += LINE / sizeof(T)) __builtin_prefetch(band + i);
-}
-
-// Calls `body(i, rows)` for a run's choices: two at a time as long as there are two.
-template <class Body>
-MOE_INLINE void by_twos(const Run& run, Body body) {
-    int64_t i = 0;
-    for (; i + 2 <= run.size; i += 2) body(i, std::integral_constant<int, 2>());
-    if (i < run.size) body(i, std::integral_constant<int, 1>());
-}
+constexpr int64_t CHUNK = 256;  // most columns of a chunk: a block's values of so many stay in a core's cache
 
 template <class T, class F>
 struct ForwardScratch {
@@ -50,7 +26,7 @@ struct ForwardScratch {
 
 // h of ROWS choices of a run, from number `i` on; where there is a mask, also what the down experts read.
 template <int ROWS, class T, class F>
-void forward_rows(const Group<T>& group, const Task<T>& task, const Run& run, int64_t i, const Lowered<F>& a1,
+void forward_rows(const Group<T>& group, const Task<Part<T>>& task, const Run& run, int64_t i, const Lowered<F>& a1,
                   const Lowered<F>& a3, ForwardScratch<T, F>& s) {
     int64_t at[ROWS], next[ROWS];
     const T* masks[ROWS];
@@ -92,12 +68,13 @@ void forward_rows(const Group<T>& group, const Task<T>& task, const Run& run, in
 template <class T>
 void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
     using F = Multiplied<T>;
-    const Plan<T> plan(group);
+    const Plan<Part<T>> plan(group, CHUNK);
     const int64_t rank = group.rank;
-    const Lowered<F> a1(group.a1, group, plan, threads), a3(group.a3, group, plan, threads);
+    const int64_t stride = group.all_ranks();
+    const Lowered<F> a1(group.a1, stride, group, plan, threads), a3(group.a3, stride, group, plan, threads);
     const Shares shares(group.tokens * group.top_k, lowered ? rank : 0, plan.chunks.count);
     auto make = [&] { return ForwardScratch<T, F>(group, plan.chunks.width); };
-    plan.run(threads, make, [&](const Task<T>& task, ForwardScratch<T, F>& s) {
+    plan.run(threads, make, [&](const Task<Part<T>>& task, ForwardScratch<T, F>& s) {
         s.of_gate.fill_turned(task.part.b1, task.chosen, task.columns, group.features, task.part.scaling);
         s.of_up.fill_turned(task.part.b3, task.chosen, task.columns, group.features, task.part.scaling);
         s.of_down.fill(task.part.down_a, task.chosen, task.columns, group.features);
@@ -106,8 +83,7 @@ void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
             block.runs([&](const Run& run) {
                 by_twos(run, [&](int64_t i, auto rows) { forward_rows<rows.value>(group, task, run, i, a1, a3, s); });
                 if (!s.of_down.is_there) return;
-                dots<F>(read.row(run.place), read.width, run.size, s.of_down.dotted, run.expert, task.columns,
-                        s.products);
+                dots(read.of(run), run.size, s.of_down.dotted, run.expert, task.columns, s.products);
                 for (int64_t i = 0; i < run.size; ++i)
                     for (int64_t r = 0; r < rank; ++r)
                         shares.of(task.chunk, run.choices[i])[r] =
@@ -161,8 +137,8 @@ struct BackwardScratch {
 // du1, du3 and what the down experts read, of ROWS choices of a run from number `i` on; and the gates' gradients, each
 // as a vector to be added up.
 template <int ROWS, class T, class F>
-void backward_rows(const Group<T>& group, const Gradients<T>& grads, const Task<T>& task, const Run& run, int64_t i,
-                   const AllLowered<F>& low, BackwardScratch<T, F>& s) {
+void backward_rows(const Group<T>& group, const Gradients<T>& grads, const Task<Part<T>>& task, const Run& run,
+                   int64_t i, const AllLowered<F>& low, BackwardScratch<T, F>& s) {
     int64_t at[ROWS], next[ROWS];
     const T* masks[ROWS];
     float gates[ROWS];
@@ -226,19 +202,20 @@ void backward_rows(const Group<T>& group, const Gradients<T>& grads, const Task<
 template <class T>
 void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads) {
     using F = Multiplied<T>;
-    const Plan<T> plan(group);
+    const Plan<Part<T>> plan(group, CHUNK);
     const int64_t choices = group.tokens * group.top_k, rank = group.rank, features = group.features;
     const int64_t experts = group.num_experts, factors = group.all_ranks() * features;
     auto one = [](int64_t) { return 1.0f; };
+    const int64_t stride = group.all_ranks();
     const AllLowered<F> low{
-        {group.a1, group, plan, threads, one},
-        {group.a3, group, plan, threads, one},
-        {grads.dlowered, group, plan, threads, [&](int64_t choice) { return group.gates[choice]; }}};
+        {group.a1, stride, group, plan, threads, one},
+        {group.a3, stride, group, plan, threads, one},
+        {grads.dlowered, stride, group, plan, threads, [&](int64_t choice) { return group.gates[choice]; }}};
     const Shares da1(choices, group.a1 ? rank : 0, plan.chunks.count);
     const Shares da3(choices, group.a3 ? rank : 0, plan.chunks.count);
     const Shares shares_of_gates(choices, 1, plan.chunks.count);
     auto make = [&] { return BackwardScratch<T, F>(group, plan.chunks.width); };
-    plan.run(threads, make, [&](const Task<T>& task, BackwardScratch<T, F>& s) {
+    plan.run(threads, make, [&](const Task<Part<T>>& task, BackwardScratch<T, F>& s) {
         s.of_gate.fill_turned(task.part.b1, task.chosen, task.columns, features, task.part.scaling);
         s.of_up.fill_turned(task.part.b3, task.chosen, task.columns, features, task.part.scaling);
         s.of_down.fill(task.part.down_a, task.chosen, task.columns, features);
@@ -248,12 +225,12 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
                 by_twos(run,
                         [&](int64_t i, auto rows) { backward_rows<rows.value>(group, grads, task, run, i, low, s); });
                 auto add = [&](const F* turned, const Rows<F>& rows, const FactorSums<F>& sums) {
-                    add_outer(turned, rows.row(run.place), rows.width, run.size, sums.sums, run.expert, task.columns);
+                    add_outer(turned, rows.of(run), run.size, sums.sums, run.expert, task.columns);
                 };
                 auto reading_x = [&](const Factors<F>& of, const Lowered<F>& lowered, const Rows<F>& rows,
                                      const FactorSums<F>& sums, const Shares& shares) {
                     if (!of.is_there) return;
-                    dots<F>(rows.row(run.place), rows.width, run.size, of.dotted, run.expert, task.columns, s.products);
+                    dots(rows.of(run), run.size, of.dotted, run.expert, task.columns, s.products);
                     for (int64_t i = 0; i < run.size; ++i)
                         copy(s.products + i * rank, rank, shares.of(task.chunk, run.choices[i]));
                     add(lowered.of_run(run), rows, sums);
@@ -277,10 +254,10 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
         if (s.of_down.is_there) s.ddown_a.write(grads.ddown_a + task.index * factors, experts, task.columns, features);
     });
     for (int64_t i = 0; i < choices; ++i) grads.dgates[i] = shares_of_gates.total(i, 0, int64_t(1))[0];
-    const int64_t stride = ((group.a1 != nullptr) + (group.a3 != nullptr)) * group.all_ranks();
+    const int64_t da_stride = ((group.a1 != nullptr) + (group.a3 != nullptr)) * stride;
     for (const Part<T>& part : plan.parts) {
-        if (group.a1) da1.scatter(group, part, grads.da, stride, threads);
-        if (group.a3) da3.scatter(group, part, grads.da + stride - group.all_ranks(), stride, threads);
+        if (group.a1) da1.scatter(group, part, grads.da, da_stride, threads);
+        if (group.a3) da3.scatter(group, part, grads.da + da_stride - stride, da_stride, threads);
     }
 }
 

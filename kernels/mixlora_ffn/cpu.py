@@ -1,4 +1,4 @@
-"""The mixture of LoRA experts in a SwiGLU layer, with compiled C++ for all that is F wide.
+"""The mixture of LoRA experts in a SwiGLU layer, in compiled C++.
 
 Letters: T tokens, P parts, D model, F ffn, E experts, K top-k, R rank, S projections among gate and up with experts.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..compiled import CompiledFunction
+from .cpu_model import ModelPart, ModelProducts, check_experts
 from .inputs import FfnGroup, GroupGradients
-from .model_products import input_gradients, lowered_inputs
 from .reference import factor_gradients
 
 _GROUP = "ppppppppiiiiii"
@@ -20,7 +20,10 @@ _backward = CompiledFunction("mixlora_ffn_backward", _GROUP + "ppppppppp")
 
 def group_forward(group: FfnGroup) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference's, with every sum in float32."""
-    a1, a3 = lowered_inputs(group)
+    products = _products(group)
+    lowered_x = products.lower(group.x) if products else [None]
+    a1 = lowered_x[0] if group.parts[0].gate else None
+    a3 = lowered_x[-1] if group.parts[0].up else None
     inputs = _Inputs(group, a1, a3)
     hidden = torch.empty_like(inputs.p1)
     lowered = hidden.new_empty(inputs.all_ranks) if group.parts[0].down_a is not None else None
@@ -46,9 +49,19 @@ def group_backward(
     )
     upstream = dhidden.contiguous(), dlowered.contiguous() if dlowered is not None else None
     _backward(dp1.dtype, *inputs.arguments, *upstream, dp1, dp3, dgates, da, db1, db3, d_down_a)
-    dx, d_flat_a = input_gradients(group, da)
+    products = _products(group)
+    dx = products.raise_(da) if products else None
+    d_flat_a = products.outer(da, group.x).flatten(1, 3) if products else None
     factors = factor_gradients(group, d_flat_a, db1, db3, d_down_a)
     return GroupGradients(dx, dp1, dp3, dgates.to(group.gates.dtype), factors)
+
+
+def _products(group: FfnGroup) -> ModelProducts | None:
+    """Those over D of the experts that read x; None when none does."""
+    if not group.parts[0].reading_x:
+        return None
+    parts = [ModelPart(part.length, [stack.lora_a for stack in part.reading_x], part.x_mask) for part in group.parts]
+    return ModelProducts(group.experts, parts, group.p1.dtype)
 
 
 class _Inputs:
@@ -63,8 +76,7 @@ class _Inputs:
     def __init__(self, group: FfnGroup, a1: Tensor | None, a3: Tensor | None, has_down: bool = True) -> None:
         self.p1 = group.p1.contiguous()
         self.all_ranks = self.p1.shape[0], group.num_experts * group.rank
-        if group.experts.numel() and not 0 <= group.experts.min() <= group.experts.max() < group.num_experts:
-            raise IndexError(f"experts must be in 0..E-1={group.num_experts - 1}")
+        check_experts(group.experts, group.num_experts)
         described = array("q")
         self._alive: list[Tensor | None] = []  # what only addresses speak of
         for part in group.parts:

@@ -1,4 +1,4 @@
-"""The products over D of the mixture of LoRA experts, for whatever computes the rest on a CPU.
+"""The products over D of the mixture of LoRA experts, in plain PyTorch.
 
 Letters: T tokens, P parts, D model, E experts, R rank, ER all of an adapter's experts' ranks side by side, S
 projections among gate and up that have experts.

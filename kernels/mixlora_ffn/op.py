@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..compiled import runs_compiled
-from ..invariance import is_batch_invariant
 from ..optional_tensors import with_gaps, without_gaps
 from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator, runs_kernel
 from . import cpu, reference
+from .down import mixlora_down
 from .inputs import ExpertFactors, FactorGradients, FfnGroup, FfnPart, GroupGradients
 
 _Tensors = Sequence[Tensor]
@@ -233,14 +233,5 @@ def mixlora_ffn_group(
     hidden, *rest = _mixlora_ffn(FfnGroup(x.value, p1, p3, gates, experts, parts), x.recipe, x.sources)
     if not downs:
         return hidden, None
-    raising = [down.flat_b(p1.dtype).mul(part.scaling) for down, part in zip(downs, parts, strict=True)]
-    return hidden, _raised(rest[0], raising, [part.length for part in parts])
-
-
-def _raised(lowered: Tensor, raising: list[Tensor], lengths: list[int]) -> Tensor:
-    """Each part's C ``[N, ER]`` times its ``s B2^T`` ``[ER, D]``; autograd differentiates it."""
-    if len(lengths) == 1:
-        return lowered @ raising[0]
-    if min(lengths) == max(lengths) and not is_batch_invariant():
-        return (lowered.unflatten(0, (len(lengths), -1)) @ torch.stack(raising)).flatten(0, 1)
-    return torch.cat([own @ b for own, b in zip(lowered.split(lengths), raising, strict=True)])
+    lengths, scalings = [part.length for part in parts], [part.scaling for part in parts]
+    return hidden, mixlora_down(rest[0], [down.lora_b for down in downs], experts, lengths, scalings)

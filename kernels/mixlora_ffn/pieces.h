@@ -3,7 +3,7 @@
 // A task is a chunk of a part's features; a part is an adapter's tokens. It walks the tokens in blocks, and a block
 // expert by expert, so that all that chose an expert read its factors from the nearest cache. Pieces depend on sizes
 // and routing alone and no two tasks add to one number: results are the same on any number of threads.
-// Letters: T tokens, P parts, F ffn, E experts, K top-k, R rank, C columns of a chunk in whole bands.
+// Letters: T tokens, P parts, D model, F ffn, E experts, K top-k, R rank, C columns of a chunk in whole bands.
 #pragma once
 
 #include <vector>
@@ -12,46 +12,8 @@
 
 namespace moe::mixlora_ffn {
 
-constexpr int64_t CHUNK = 256;  // most columns of a chunk: a block's values of so many stay in a core's cache
 constexpr int64_t BLOCK = 256;  // tokens
 constexpr int64_t LINE = 64;    // bytes of a cache's line
-static_assert(CHUNK % BAND == 0);
-
-// A part's own; what it has not is null.
-template <class T>
-struct Part {
-    int64_t start, end;    // its tokens
-    const float *b1, *b3;  // [E, F, R]
-    const float* down_a;   // [E, R, F]
-    const T* h_mask;       // [its tokens, F]
-    float scaling;
-};
-
-template <class T>
-struct Group {
-    const T *p1, *p3;          // [T, F]
-    const T *a1, *a3;          // [T, ER], or null
-    const float* gates;        // [T, K]
-    const int64_t* experts;    // [T, K]
-    const int64_t* described;  // [P, 5]: a part's length, and its addresses in the order of `Part`
-    const float* scalings;     // [P]
-    int64_t tokens, features, num_parts, num_experts, top_k, rank;
-
-    int64_t all_ranks() const { return num_experts * rank; }
-
-    std::vector<Part<T>> parts() const {
-        std::vector<Part<T>> found;
-        int64_t start = 0;
-        for (int64_t i = 0; i < num_parts; ++i) {
-            const int64_t* own = described + 5 * i;
-            auto floats = [&](int field) { return reinterpret_cast<const float*>(own[field]); };
-            found.push_back({start, start + own[0], floats(1), floats(2), floats(3), reinterpret_cast<const T*>(own[4]),
-                             scalings[i]});
-            start += own[0];
-        }
-        return found;
-    }
-};
 
 // Columns of one chunk.
 struct Columns {
@@ -72,8 +34,8 @@ struct Columns {
 struct Chunks {
     int64_t features, width, count;
 
-    explicit Chunks(int64_t features) : features(features) {
-        int64_t wanted = std::max<int64_t>(1, (features + CHUNK - 1) / CHUNK);
+    Chunks(int64_t features, int64_t most) : features(features) {
+        int64_t wanted = std::max<int64_t>(1, (features + most - 1) / most);
         width = Columns{0, (features + wanted - 1) / wanted}.whole_bands();
         count = (features + width - 1) / width;
     }
@@ -98,8 +60,8 @@ struct Block {
     std::vector<int64_t> bounds;   // of each expert's, [E + 1]
     std::vector<int64_t> places;   // of each token's choices among all, [tokens, K]
 
-    template <class T>
-    Block(int64_t start, int64_t end, int64_t row, const Group<T>& group)
+    template <class Group>
+    Block(int64_t start, int64_t end, int64_t row, const Group& group)
         : start(start),
           end(end),
           row(row),
@@ -128,26 +90,27 @@ struct Block {
     int64_t rows() const { return bounds.back() + static_cast<int64_t>(bounds.size()) - 1; }
 };
 
-// What a task works on.
-template <class T>
+// What a task works on. `Part` has the `start` and `end` of its tokens.
+template <class Part>
 struct Task {
-    const Part<T>& part;
+    const Part& part;
     const std::vector<Block>& blocks;
     const std::vector<bool>& chosen;  // whether an expert has any token, [E]
     int64_t index, chunk;             // the part's, the columns'
     Columns columns;
 };
 
-template <class T>
+template <class Part>
 struct Plan {
     const Chunks chunks;
-    const std::vector<Part<T>> parts;
+    const std::vector<Part> parts;
     std::vector<std::vector<Block>> blocks;
     std::vector<std::vector<bool>> chosen;
     int64_t room = 0;  // rows of all runs
 
-    explicit Plan(const Group<T>& group) : chunks(group.features), parts(group.parts()) {
-        for (const Part<T>& part : parts) {
+    template <class Group>
+    Plan(const Group& group, int64_t chunk) : chunks(group.features, chunk), parts(group.parts()) {
+        for (const Part& part : parts) {
             std::vector<Block>& own = blocks.emplace_back();
             std::vector<bool>& any = chosen.emplace_back(group.num_experts);
             for (int64_t start = part.start; start < part.end; start += BLOCK) {
@@ -158,10 +121,11 @@ struct Plan {
         }
     }
 
-    // Calls `body(run)` for all runs.
+    // Calls `body(part's number, block)` for all blocks.
     template <class Body>
-    void each_run(int64_t threads, Body body) const {
-        for (const auto& own : blocks) parallel(own.size(), threads, [&](int64_t i) { own[i].runs(body); });
+    void each_block(int64_t threads, Body body) const {
+        for (size_t part = 0; part < blocks.size(); ++part)
+            parallel(blocks[part].size(), threads, [&](int64_t i) { body(part, blocks[part][i]); });
     }
 
     // Calls `body(task, made)` for all tasks, with what each thread made.
@@ -169,7 +133,7 @@ struct Plan {
     void run(int64_t threads, Make make, Body body) const {
         parallel_with(static_cast<int64_t>(parts.size()) * chunks.count, threads, make, [&](int64_t i, auto& made) {
             const int64_t part = i / chunks.count, chunk = i % chunks.count;
-            body(Task<T>{parts[part], blocks[part], chosen[part], part, chunk, chunks[chunk]}, made);
+            body(Task<Part>{parts[part], blocks[part], chosen[part], part, chunk, chunks[chunk]}, made);
         });
     }
 };

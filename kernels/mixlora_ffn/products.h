@@ -7,8 +7,8 @@
 
 namespace moe::mixlora_ffn {
 
-// Of every run's choices their expert's ranks, from [T, ER]: as rows [N, R] with zeros behind the last rank; and so
-// turned that a choice lies beside the next, [N / DEPTH, R, DEPTH], each times a weight.
+// Of every run's choices their expert's ranks, from [T, ER] in rows `stride` apart: as rows [N, R] with zeros behind
+// the last rank; and so turned that a choice lies beside the next, [N / DEPTH, R, DEPTH], each times a weight.
 template <class F>
 struct Lowered {
     static constexpr int DEPTH = Lanes<F>::DEPTH;
@@ -16,39 +16,47 @@ struct Lowered {
     Numbers<F> rows, turned;
 
     // Rows alone.
-    template <class T>
-    Lowered(const T* all, const Group<T>& group, const Plan<T>& plan, int64_t threads)
+    template <class T, class Group, class Plan>
+    Lowered(const T* all, int64_t stride, const Group& group, const Plan& plan, int64_t threads)
         : rank(group.rank), ranks(whole_ranks<F>(rank)), rows(all ? plan.room * ranks : 0) {
         if (!all) return;
-        plan.each_run(threads, [&](const Run& run) {
-            for (int64_t i = 0; i < run.size; ++i) {
-                copy(all + run.choices[i] / group.top_k * group.all_ranks() + run.expert * rank, rank, row(run, i));
-                std::fill(row(run, i) + rank, row(run, i) + ranks, F{});
-            }
+        plan.each_block(threads, [&](size_t, const Block& block) {
+            block.runs([&](const Run& run) {
+                for (int64_t i = 0; i < run.size; ++i) {
+                    copy(all + run.choices[i] / group.top_k * stride + run.expert * rank, rank, row(run, i));
+                    std::fill(row(run, i) + rank, row(run, i) + ranks, F{});
+                }
+            });
         });
     }
 
     // Both; `weight(choice)` is of what is turned.
-    template <class T, class Weight>
-    Lowered(const T* all, const Group<T>& group, const Plan<T>& plan, int64_t threads, Weight weight)
-        : Lowered(all, group, plan, threads) {
+    template <class T, class Group, class Plan, class Weight>
+    Lowered(const T* all, int64_t stride, const Group& group, const Plan& plan, int64_t threads, Weight weight)
+        : Lowered(all, stride, group, plan, threads) {
         if (!all) return;
         turned = Numbers<F>(plan.room * rank);
-        plan.each_run(threads, [&](const Run& run) {
-            std::fill_n(of_run(run), (run.size + DEPTH - 1) / DEPTH * DEPTH * rank, F{});
-            for (int64_t i = 0; i < run.size; ++i) {
-                F* to = of_run(run) + i / DEPTH * DEPTH * rank + i % DEPTH;
-                across(rank, [&](int64_t r, auto count) {
-                    F own[W];
-                    moe::store(own, load(row(run, i) + r, count) * weight(run.choices[i]), Whole());
-                    for (int64_t k = 0; k < count; ++k) to[(r + k) * DEPTH] = own[k];
-                });
-            }
-        });
+        plan.each_block(threads,
+                        [&](size_t, const Block& block) { block.runs([&](const Run& run) { turn(run, weight); }); });
     }
 
     F* row(const Run& run, int64_t i) const { return rows + (run.row + i) * ranks; }
     F* of_run(const Run& run) const { return turned + run.row * rank; }
+
+private:
+    template <class Weight>
+    void turn(const Run& run, Weight weight) const {
+        std::fill_n(of_run(run), (run.size + DEPTH - 1) / DEPTH * DEPTH * rank, F{});
+        for (int64_t i = 0; i < run.size; ++i) {
+            F* to = of_run(run) + i / DEPTH * DEPTH * rank + i % DEPTH;
+            const float factor = weight(run.choices[i]);
+            across(rank, [&](int64_t r, auto count) {
+                F own[W];
+                moe::store(own, load(row(run, i) + r, count) * factor, Whole());
+                for (int64_t k = 0; k < count; ++k) to[(r + k) * DEPTH] = own[k];
+            });
+        }
+    }
 };
 
 // Adds to a band of ROWS choices their ranks [ROWS, R] times the expert's factors of that band.
@@ -67,7 +75,7 @@ MOE_INLINE void raise(const F* lowered, int64_t ranks, const F* band, Vector (&s
 }
 
 template <int ROWS, int RANKS, class F>
-MOE_INLINE void few_dots(const F* rows, int64_t stride, const F* band, int64_t next_band, int64_t columns, float* to,
+MOE_INLINE void few_dots(const F* const (&rows)[ROWS], const F* band, int64_t next_band, int64_t columns, float* to,
                          int64_t to_stride) {
     using L = Lanes<F>;
     constexpr int N = ROWS * RANKS, WHOLE = (N + W - 1) / W * W;
@@ -77,7 +85,7 @@ MOE_INLINE void few_dots(const F* rows, int64_t stride, const F* band, int64_t n
         for (int64_t i = 0; i < BAND; i += W * L::DEPTH) {
             typename L::Packed own[ROWS];
 #pragma GCC unroll 4
-            for (int row = 0; row < ROWS; ++row) own[row] = L::load(rows + row * stride + offset + i);
+            for (int row = 0; row < ROWS; ++row) own[row] = L::load(rows[row] + offset + i);
 #pragma GCC unroll 8
             for (int r = 0; r < RANKS; ++r) {
                 typename L::Packed factor = L::load(band + r * BAND + i);
@@ -92,24 +100,23 @@ MOE_INLINE void few_dots(const F* rows, int64_t stride, const F* band, int64_t n
     for (int row = 0; row < ROWS; ++row) std::copy_n(sums + row * RANKS, RANKS, to + row * to_stride);
 }
 
-// Inner products of `size` rows, `stride` apart, with an expert's factors, over all columns: [N, R].
-template <class F>
-void dots(const F* rows, int64_t stride, int64_t size, const Table<F>& table, int64_t expert, const Columns& columns,
-          float* to) {
+// Inner products of `size` rows, which `row(i)` finds, with an expert's factors, over all columns: [N, R].
+template <class F, class Row>
+void dots(Row row, int64_t size, const Table<F>& table, int64_t expert, const Columns& columns, float* to) {
     const int64_t rank = table.ranks, end = columns.whole_bands();
     by_eights(rank, [&](int64_t r, auto count) {
         const F* band = table.band(expert, 0) + r * BAND;
         int64_t i = 0;
         for (; i + 2 <= size; i += 2)
-            few_dots<2, count.value>(rows + i * stride, stride, band, rank * BAND, end, to + i * rank + r, rank);
-        if (i < size)
-            few_dots<1, count.value>(rows + i * stride, stride, band, rank * BAND, end, to + i * rank + r, rank);
+            few_dots<2, count.value, F>({row(i), row(i + 1)}, band, rank * BAND, end, to + i * rank + r, rank);
+        if (i < size) few_dots<1, count.value, F>({row(i)}, band, rank * BAND, end, to + i * rank + r, rank);
     });
 }
 
-// Adds to the gradients of an expert's factors: ranks of `size` choices, turned, times their rows.
-template <class F>
-void add_outer(const F* turned, const F* rows, int64_t stride, int64_t size, const Table<float>& sums, int64_t expert,
+// Adds to the gradients of an expert's factors: ranks of `size` choices, turned, times their rows,
+// which `row(i)` finds.
+template <class F, class Row>
+void add_outer(const F* turned, Row row, int64_t size, const Table<float>& sums, int64_t expert,
                const Columns& columns) {
     using L = Lanes<F>;
     static const F nothing[BAND] = {};
@@ -123,9 +130,8 @@ void add_outer(const F* turned, const F* rows, int64_t stride, int64_t size, con
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v) own[r][v] = load(band + (first + r) * BAND + v * W, Whole());
             for (int64_t i = 0; i < size; i += L::DEPTH) {
-                const F* row = rows + i * stride + offset;
                 typename L::Packed values[2];
-                L::beside(row, i + 1 < size ? row + stride : nothing, values);
+                L::beside(row(i) + offset, L::DEPTH > 1 && i + 1 < size ? row(i + 1) + offset : nothing, values);
                 const F* left = turned + i * sums.ranks + first * L::DEPTH;
 #pragma GCC unroll 8
                 for (int r = 0; r < RANKS; ++r) {

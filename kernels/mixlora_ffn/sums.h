@@ -13,14 +13,19 @@ struct Rows {
     int64_t width;
     Numbers<F> numbers;
 
-    template <class T>
-    Rows(const Group<T>& group, int64_t width) : width(width), numbers(BLOCK * group.top_k * width) {}
+    template <class Group>
+    Rows(const Group& group, int64_t width) : width(width), numbers(BLOCK * group.top_k * width) {}
 
     F* row(int64_t place) const { return numbers + place * width; }
 
+    // What finds a run's rows.
+    auto of(const Run& run) const {
+        return [first = row(run.place), width = width](int64_t i) { return first + i * width; };
+    }
+
     // Every token's sum over its choices, each times what `weight(choice)` says, to [T, F].
-    template <class T, class Weight>
-    void write_sums(const Block& block, const Columns& columns, const Group<T>& group, T* to, Weight weight) const {
+    template <class T, class Group, class Weight>
+    void write_sums(const Block& block, const Columns& columns, const Group& group, T* to, Weight weight) const {
         const int64_t top_k = group.top_k;
         for (int64_t t = block.start; t < block.end; ++t) {
             const int64_t* places = &block.places[(t - block.start) * top_k];
@@ -58,8 +63,8 @@ struct Shares {
     }
 
     // Each token's at the ranks of its experts, zeros at all others, in rows of [T, ER] that are `stride` apart.
-    template <class T>
-    void scatter(const Group<T>& group, const Part<T>& part, T* to, int64_t stride, int64_t threads) const {
+    template <class T, class Group, class Part>
+    void scatter(const Group& group, const Part& part, T* to, int64_t stride, int64_t threads) const {
         parallel_runs(part.end - part.start, TOKENS, threads, [&](int64_t first, int64_t last) {
             for (int64_t t = part.start + first; t < part.start + last; ++t) {
                 std::memset(to + t * stride, 0, group.all_ranks() * sizeof(T));

@@ -35,8 +35,8 @@ struct Factors {
     Table<F> raising, dotted;
     Numbers<F> given, rows;  // of one expert: as it is given, and [R, C]
 
-    template <class T>
-    Factors(const Group<T>& group, int64_t width, Read read)
+    template <class Group>
+    Factors(const Group& group, int64_t width, Read read)
         : raises(read != Read::DOTS),
           dots(read != Read::RAISING),
           raising(group.num_experts, whole_ranks<F>(group.rank), width, raises),
@@ -63,7 +63,8 @@ struct Factors {
     }
 
     // From A, [E, R, F].
-    void fill(const float* a, const std::vector<bool>& chosen, const Columns& columns, int64_t features) {
+    void fill(const float* a, const std::vector<bool>& chosen, const Columns& columns, int64_t features,
+              float scaling = 1.0f) {
         const int64_t rank = dotted.ranks;
         fill(
             a, chosen,
@@ -72,7 +73,7 @@ struct Factors {
                     const float* own = a + (e * rank + r) * features + columns.start;
                     F* to = rows + r * raising.width;
                     across(columns.size,
-                           [&](int64_t i, auto count) { moe::store(to + i, load(own + i, count), count); });
+                           [&](int64_t i, auto count) { moe::store(to + i, load(own + i, count) * scaling, count); });
                 }
             },
             columns);
@@ -109,8 +110,8 @@ template <class F>
 struct FactorSums {
     Table<float> sums;
 
-    template <class T>
-    FactorSums(const Group<T>& group, int64_t width) : sums(group.num_experts, group.rank, width) {}
+    template <class Group>
+    FactorSums(const Group& group, int64_t width) : sums(group.num_experts, group.rank, width) {}
 
     // Of all experts, as all of them are written.
     void clear(const std::vector<bool>& chosen) const {

@@ -8,6 +8,7 @@ import torch
 from builders import assert_close, assert_error_like
 from test_registration import opcheck, recorded
 
+from moe_peft.kernels.mixlora_ffn.down import _down
 from moe_peft.kernels.mixlora_ffn.inputs import ExpertFactors
 from moe_peft.kernels.mixlora_ffn.op import _mixlora_ffn, mixlora_ffn
 from moe_peft.kernels.recompute import Recomputable
@@ -337,12 +338,16 @@ def test_torch_accepts_the_registration(recipe, places, monkeypatch):
     (source,), compute = recipes(torch.bfloat16)["rms_norm"]
     sources = compute(source).sources if recipe else ()
     forward, backward = recorded(monkeypatch, _mixlora_ffn)
+    down_forward, down_backward = recorded(monkeypatch, _down)
 
     def run(x, *args, **kwargs):
         return mixlora_ffn(Recomputable(x, recipe, sources), *args, **kwargs)
 
     both(run, case)
     opcheck(_mixlora_ffn, forward[0], backward[0])
+    if "down" in places:
+        lowered, *others = down_forward[0]
+        opcheck(_down, [lowered.detach().requires_grad_(), *others], down_backward[0])
 
 
 @pytest.mark.parametrize("places", [PLACES, ("up",), ("down",)])

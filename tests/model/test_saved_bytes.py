@@ -139,15 +139,14 @@ def test_a_token_keeps_in_a_whole_model_what_the_page_says(adapter, num_adapters
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_a_mixture_keeps_for_no_token(mode):
+@pytest.mark.parametrize("adapter", [LORA, MIXTURE], ids=method_of)
+def test_a_layer_keeps_nothing_that_does_not_grow_with_the_tokens(adapter, mode):
     config, dtype = SHAPES["grouped heads"], torch.bfloat16
-    sizes = sizes_of(config, MIXTURE, dtype)
     shallow, deep = (
-        kept_bytes(replace(config, num_hidden_layers=layers), MIXTURE, dtype, mode, 5) for layers in (1, 2)
+        kept_bytes(replace(config, num_hidden_layers=layers), adapter, dtype, mode, 5) for layers in (1, 2)
     )
-    (fixed,) = re.findall(r"A mixture also keeps `(\w+)` bytes a layer", " ".join(LINES))
-    expected = value(fixed, sizes) if mode == "none" else 0
-    assert deep - shallow - 3 * 5 * value(TOTALS["MixLoRA"][mode], sizes) == expected
+    of_tokens = value(TOTALS[method_of(adapter)][mode], sizes_of(config, adapter, dtype))
+    assert deep - shallow == 3 * 5 * of_tokens
 
 
 @pytest.mark.parametrize("mode", MODES)
