@@ -26,6 +26,9 @@ struct Lanes<float> {
         moe::store(to + W, second, Whole());
     }
 
+    // A vector of DEPTH rows, each column's numbers beside each other.
+    static MOE_INLINE void store_beside(float* to, Vector row, Vector) { moe::store(to, row, Whole()); }
+
     // A band of DEPTH rows, each column's numbers beside each other, in an order that `in_order` undoes.
     static MOE_INLINE void beside(const float* row, const float*, Packed (&columns)[2]) {
         columns[0] = load(row);
@@ -53,6 +56,12 @@ struct Lanes<bfloat16> {
 
     static MOE_INLINE void store(bfloat16* to, Vector first, Vector second) {
         _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+    }
+
+    static MOE_INLINE void store_beside(bfloat16* to, Vector row, Vector next) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)rounded(row)),
+                high = _mm512_cvtepu16_epi32((__m256i)rounded(next));
+        _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
 
     static MOE_INLINE void beside(const bfloat16* row, const bfloat16* next, Packed (&columns)[2]) {

@@ -1,10 +1,10 @@
-// Float32 matrix products small enough for a core's own cache.
+// Matrix products small enough for a core's own cache, of numbers F (lanes.h) with float32 results.
 //
-// The right factor lies in panels of N columns, the rows of a panel one behind the other: what the inner loop reads is
-// one stream. Letters: M rows, K contracted, C columns.
+// The right factor lies in panels of N columns, DEPTH rows of a panel beside each other and these one behind the other:
+// what the inner loop reads is one stream. Letters: M rows, K contracted, C columns.
 #pragma once
 
-#include "compiled.h"
+#include "lanes.h"
 
 namespace moe {
 
@@ -18,50 +18,59 @@ constexpr int MICRO_ROWS = 6;
 
 MOE_INLINE int64_t whole_panels(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 
-// Rows of T as the right factor [rows, columns], zeros behind the last column.
-template <class T>
-void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, float* panels) {
+template <class F>
+MOE_INLINE int64_t whole_depths(int64_t n) {
+    return (n + Lanes<F>::DEPTH - 1) / Lanes<F>::DEPTH * Lanes<F>::DEPTH;
+}
+
+// Rows of T as the right factor [rows, columns], zeros behind the last column and the last row.
+template <class F, class T>
+void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, F* panels) {
+    constexpr int DEPTH = Lanes<F>::DEPTH;
     for (int64_t start = 0; start < columns; start += PANEL) {
-        float* to = panels + start * rows;
+        F* to = panels + start * whole_depths<F>(rows);
         int64_t width = std::min<int64_t>(PANEL, columns - start);
-        for (int64_t row = 0; row < rows; ++row, to += PANEL) {
-            const T* own = from + row * stride + start;
-            across(width, [&](int64_t i, auto count) { store(to + i, load(own + i, count), count); });
-            std::fill(to + width, to + PANEL, 0.0f);
+        for (int64_t row = 0; row < rows; row += DEPTH, to += PANEL * DEPTH) {
+            const T *own = from + row * stride + start, *next = own + stride;
+            const bool is_there = DEPTH > 1 && row + 1 < rows;
+            for (int64_t i = 0; i < PANEL; i += W) {
+                int64_t count = std::clamp<int64_t>(width - i, 0, W);
+                Lanes<F>::store_beside(to + i * DEPTH, load(own + i, count),
+                                       is_there ? load(next + i, count) : Vector{});
+            }
         }
     }
 }
 
-// Rows of T as the columns of the right factor [size, rows], zeros behind the last one.
-template <class T>
-void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t size, float* panels) {
+// Rows of T as the columns of the right factor [size, rows], zeros behind the last column; size is in whole DEPTHs.
+template <class F, class T>
+void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t size, F* panels) {
+    constexpr int DEPTH = Lanes<F>::DEPTH;
     for (int64_t start = 0; start < rows; start += PANEL) {
-        float* to = panels + start * size;
+        F* to = panels + start * size;
         int64_t width = std::min<int64_t>(PANEL, rows - start);
-        if (width < PANEL) std::fill(to, to + size * PANEL, 0.0f);
+        if (width < PANEL) std::fill(to, to + size * PANEL, F{});
         for (int64_t column = 0; column < width; ++column) {
             const T* own = from + (start + column) * stride;
-            across(size, [&](int64_t i, auto count) {
-                Vector values = load(own + i, count);
-                for (int64_t k = 0; k < count; ++k) to[(i + k) * PANEL + column] = values[k];
-            });
+            for (int64_t i = 0; i < size; i += DEPTH) copy(own + i, DEPTH, to + i * PANEL + column * DEPTH);
         }
     }
 }
 
-template <int ROWS, bool ADD>
-MOE_INLINE void multiply_rows(const float* a, int64_t row_stride, int64_t stride, const float* panel,
-                              int64_t contracted, float* out, int64_t out_stride) {
+template <int ROWS, bool ADD, class F>
+MOE_INLINE void multiply_rows(const F* a, int64_t row_stride, int64_t stride, const F* panel, int64_t contracted,
+                              float* out, int64_t out_stride) {
+    using L = Lanes<F>;
     Vector sums[ROWS][PANEL_VECTORS] = {};
-    for (int64_t k = 0; k < contracted; ++k) {
-        Vector right[PANEL_VECTORS];
+    for (int64_t k = 0; k < contracted; k += L::DEPTH, a += stride, panel += PANEL * L::DEPTH) {
+        typename L::Packed right[PANEL_VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < PANEL_VECTORS; ++v) right[v] = load(panel + k * PANEL + v * W, Whole());
+        for (int v = 0; v < PANEL_VECTORS; ++v) right[v] = L::load(panel + v * W * L::DEPTH);
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) {
-            Vector left = splat(a[row * row_stride + k * stride]);
+            typename L::Packed left = L::broadcast(a + row * row_stride);
 #pragma GCC unroll 8
-            for (int v = 0; v < PANEL_VECTORS; ++v) sums[row][v] += left * right[v];
+            for (int v = 0; v < PANEL_VECTORS; ++v) L::add_product(sums[row][v], left, right[v]);
         }
     }
 #pragma GCC unroll 8
@@ -76,13 +85,14 @@ MOE_INLINE void multiply_rows(const float* a, int64_t row_stride, int64_t stride
 
 // out[M, C] = (or += with ADD) a[M, K] right[K, C]; out has whole panels of columns.
 //
-// a[m, k] is at m * row_stride + k * stride. `right` begins at the row that meets a's first column and has `right_rows`
-// rows a panel, of which `contracted` are read.
-template <bool ADD>
-void multiply(const float* a, int64_t row_stride, int64_t stride, int64_t rows, const float* right, int64_t right_rows,
+// a's numbers [m, k] to [m, k + DEPTH - 1] are at m * row_stride + k / DEPTH * stride, zeros behind the last one.
+// `right` begins at the row that meets a's first column and has `right_rows` rows a panel, of which `contracted` are
+// read, in whole DEPTHs.
+template <bool ADD, class F>
+void multiply(const F* a, int64_t row_stride, int64_t stride, int64_t rows, const F* right, int64_t right_rows,
               int64_t contracted, int64_t columns, float* out, int64_t out_stride) {
     for (int64_t start = 0; start < columns; start += PANEL) {
-        const float* panel = right + start * right_rows;
+        const F* panel = right + start * right_rows;
         int64_t row = 0;
         auto next = [&](auto count) {
             multiply_rows<count.value, ADD>(a + row * row_stride, row_stride, stride, panel, contracted,

@@ -1,7 +1,8 @@
 // Causal grouped-query attention over samples laid end to end, a key-value head of a sample after the other.
 //
 // All that a head of a sample touches stays in a core's cache: its keys and values, and the scores of a block of
-// queries. Letters: L tokens of a sample, H query heads, G key-value heads, d features of a head, B queries of a block.
+// queries. Scores and all sums are float32; what is multiplied, probabilities too, is of numbers F (lanes.h). Letters:
+// L tokens of a sample, H query heads, G key-value heads, d features of a head, B queries of a block.
 #include <cmath>
 
 #include "../small_gemm.h"
@@ -51,15 +52,42 @@ struct Block {
 
     int64_t rows() const { return end - start; }
     int64_t keys() const { return last - first; }
+    // Keys in whole vectors.
+    int64_t room() const { return (keys() + W - 1) / W * W; }
 };
 
-// Rows [rows, size] of T in float32, times a factor.
-template <class T>
-void widen(const T* from, int64_t stride, int64_t rows, int64_t size, float factor, float* to) {
+// Rows of T as what is multiplied: in `room`, or where they are.
+template <class F, class T>
+const F* as_factors(const T* rows, int64_t& stride, int64_t count, int64_t size, const Numbers<F>& room) {
+    if constexpr (std::is_same_v<T, F>) return rows;
+    for (int64_t row = 0; row < count; ++row)
+        across(size, [&](int64_t i, auto n) { store(room + row * size + i, load(rows + row * stride + i, n), n); });
+    stride = size;
+    return room;
+}
+
+// Scores [B, keys] as what is multiplied, rows as they are; keys in whole vectors.
+template <class F>
+const F* as_rows(const float* scores, int64_t stride, int64_t rows, int64_t keys, const Numbers<F>& room) {
+    if constexpr (std::is_same_v<F, float>) return scores;
     for (int64_t row = 0; row < rows; ++row)
-        across(size, [&](int64_t i, auto count) {
-            store(to + row * size + i, load(from + row * stride + i, count) * factor, count);
+        across(keys, [&](int64_t i, auto) {
+            store(room + row * stride + i, load(scores + row * stride + i, Whole()), Whole());
         });
+    return room;
+}
+
+// The same with DEPTH queries beside each other, [B / DEPTH, keys, DEPTH].
+template <class F>
+const F* turned(const float* scores, int64_t stride, int64_t rows, int64_t keys, const Numbers<F>& room) {
+    if constexpr (std::is_same_v<F, float>) return scores;
+    for (int64_t row = 0; row < rows; row += 2)
+        for (int64_t i = 0; i < keys; i += W) {
+            const float* own = scores + row * stride + i;
+            Vector next = row + 1 < rows ? load(own + stride, Whole()) : Vector{};
+            Lanes<F>::store_beside(room + row * stride + i * 2, load(own, Whole()), next);
+        }
+    return room;
 }
 
 // Rows [rows, padded] in float32, times a factor, as T.
@@ -71,7 +99,8 @@ void narrow(const float* from, int64_t padded, int64_t rows, int64_t size, float
         });
 }
 
-// A block's scores [B, keys] to exponentials, 0 where a query does not look; each row's sum is returned in `sums`.
+// A block's products [B, keys] of queries and keys to exponentials, 0 where a query does not look; each row's sum is
+// returned in `sums`.
 inline void exponentials(float* scores, int64_t stride, const Block& block, const Shape& shape, float* sums) {
     for (int64_t row = 0; row < block.rows(); ++row) {
         float* own = scores + row * stride;
@@ -89,43 +118,48 @@ inline void exponentials(float* scores, int64_t stride, const Block& block, cons
         most = std::max(most, largest(highest));
         Vector total{};
         across(high - low, [&](int64_t i, auto count) {
-            Vector p = first(exp(load(own + low + i, count) - most), count);
+            Vector p = first(exp((load(own + low + i, count) - most) * shape.scale), count);
             store(own + low + i, p, count);
             total += p;
         });
         sums[row] = sum(total);
-        std::fill(own + high, own + block.keys(), 0.0f);
+        std::fill(own + high, own + block.room(), 0.0f);
     }
 }
 
-template <class T>
+template <class F, class T>
 void causal_attention_forward(const T* q, const T* k, const T* v, T* out, const int64_t* boundaries,
                               int64_t num_samples, int64_t longest, const Shape& shape, int64_t threads) {
+    constexpr int DEPTH = Lanes<F>::DEPTH;
     struct Scratch {
-        Buffer keys, values, queries, scores, mixed;
+        Numbers<F> keys, values, queries, p;
+        Buffer scores, mixed;
     };
     int64_t room = whole_panels(longest);
     auto make = [&] {
-        return Scratch{Buffer(shape.size * room), Buffer(longest * shape.padded), Buffer(BLOCK * shape.size),
-                       Buffer(BLOCK * room), Buffer(BLOCK * shape.padded)};
+        return Scratch{Numbers<F>(shape.size * room),  Numbers<F>(whole_depths<F>(longest) * shape.padded),
+                       Numbers<F>(BLOCK * shape.size), Numbers<F>(BLOCK * room),
+                       Buffer(BLOCK * room),           Buffer(BLOCK * shape.padded)};
     };
     parallel_with(num_samples * shape.groups, threads, make, [&](int64_t task, Scratch& s) {
         Sample sample(boundaries, task, shape);
         if (!sample.length) return;
         int64_t at = sample.start * shape.key_stride() + sample.group * shape.size;
-        pack_columns(k + at, shape.key_stride(), sample.length, shape.size, s.keys);
-        pack_rows(v + at, shape.key_stride(), sample.length, shape.size, s.values);
+        pack_columns<F>(k + at, shape.key_stride(), sample.length, shape.size, s.keys);
+        pack_rows<F>(v + at, shape.key_stride(), sample.length, shape.size, s.values);
         for (int64_t head = sample.group * shape.share(); head < (sample.group + 1) * shape.share(); ++head) {
             for (int64_t start = 0; start < sample.length; start += BLOCK) {
                 Block block(start, sample, shape);
-                int64_t own = (sample.start + start) * shape.query_stride() + head * shape.size;
-                widen(q + own, shape.query_stride(), block.rows(), shape.size, shape.scale, s.queries);
-                multiply<false>(s.queries, shape.size, 1, block.rows(), s.keys + block.first * shape.size, shape.size,
-                                shape.size, block.keys(), s.scores, room);
+                int64_t stride = shape.query_stride();
+                int64_t own = (sample.start + start) * stride + head * shape.size;
+                const F* queries = as_factors<F>(q + own, stride, block.rows(), shape.size, s.queries);
+                multiply<false, F>(queries, stride, DEPTH, block.rows(), s.keys + block.first * shape.size, shape.size,
+                                   shape.size, block.keys(), s.scores, room);
                 float sums[BLOCK];
                 exponentials(s.scores, room, block, shape, sums);
-                multiply<false>(s.scores, room, 1, block.rows(), s.values + block.first * PANEL, sample.length,
-                                block.keys(), shape.size, s.mixed, shape.padded);
+                const F* p = as_rows<F>(s.scores, room, block.rows(), block.keys(), s.p);
+                multiply<false, F>(p, room, DEPTH, block.rows(), s.values + block.first * PANEL,
+                                   whole_depths<F>(sample.length), block.keys(), shape.size, s.mixed, shape.padded);
                 for (int64_t row = 0; row < block.rows(); ++row)
                     narrow(s.mixed + row * shape.padded, shape.padded, 1, shape.size, 1.0f / sums[row],
                            out + own + row * shape.query_stride(), 0);
@@ -142,9 +176,9 @@ inline void score_gradients(float* p, float* dp, int64_t stride, const Block& bl
         float inverse = 1.0f / sums[row];
         Vector products{};
         across(block.keys(), [&](int64_t i, auto count) {
-            Vector x = load(own_p + i, count) * inverse;
+            Vector x = load(own_p + i, count) * inverse, d = load(own_dp + i, count);
             store(own_p + i, x, count);
-            products += x * load(own_dp + i, count);
+            products += x * d;
         });
         float total = sum(products);
         across(block.keys(), [&](int64_t i, auto count) {
@@ -153,61 +187,70 @@ inline void score_gradients(float* p, float* dp, int64_t stride, const Block& bl
     }
 }
 
-template <class T>
+template <class F, class T>
 void causal_attention_backward(const T* d_out, const T* q, const T* k, const T* v, T* dq, T* dk, T* dv,
                                const int64_t* boundaries, int64_t num_samples, int64_t longest, const Shape& shape,
                                int64_t threads) {
+    constexpr int DEPTH = Lanes<F>::DEPTH;
     struct Scratch {
-        Buffer keys, key_rows, values, queries, query_rows, d_rows, d_panels, p, dp, dq, dk, dv;
+        Numbers<F> keys, key_rows, values, queries, query_rows, d_rows, d_panels, rows, turned;
+        Buffer p, dp, dq, dk, dv;
     };
     int64_t room = whole_panels(longest);
     auto make = [&] {
-        auto rows = [&](int64_t count) { return Buffer(count * shape.padded); };
-        return Scratch{Buffer(shape.size * room),
-                       rows(longest),
-                       Buffer(shape.size * room),
-                       Buffer(BLOCK * shape.size),
-                       rows(BLOCK),
-                       Buffer(BLOCK * shape.size),
-                       rows(BLOCK),
+        auto sums = [&](int64_t count) { return Buffer(count * shape.padded); };
+        auto panels = [&](int64_t count) { return Numbers<F>(whole_depths<F>(count) * shape.padded); };
+        auto numbers = [](int64_t count) { return Numbers<F>(count); };
+        return Scratch{numbers(shape.size * room),
+                       panels(longest),
+                       numbers(shape.size * room),
+                       numbers(BLOCK * shape.size),
+                       panels(BLOCK),
+                       numbers(BLOCK * shape.size),
+                       panels(BLOCK),
+                       numbers(BLOCK * room),
+                       numbers(BLOCK * room),
                        Buffer(BLOCK * room),
                        Buffer(BLOCK * room),
-                       rows(BLOCK),
-                       rows(longest),
-                       rows(longest)};
+                       sums(BLOCK),
+                       sums(longest),
+                       sums(longest)};
     };
     parallel_with(num_samples * shape.groups, threads, make, [&](int64_t task, Scratch& s) {
         Sample sample(boundaries, task, shape);
         if (!sample.length) return;
         int64_t at = sample.start * shape.key_stride() + sample.group * shape.size;
-        pack_columns(k + at, shape.key_stride(), sample.length, shape.size, s.keys);
-        pack_rows(k + at, shape.key_stride(), sample.length, shape.size, s.key_rows);
-        pack_columns(v + at, shape.key_stride(), sample.length, shape.size, s.values);
+        pack_columns<F>(k + at, shape.key_stride(), sample.length, shape.size, s.keys);
+        pack_rows<F>(k + at, shape.key_stride(), sample.length, shape.size, s.key_rows);
+        pack_columns<F>(v + at, shape.key_stride(), sample.length, shape.size, s.values);
         std::fill_n(static_cast<float*>(s.dk), sample.length * shape.padded, 0.0f);
         std::fill_n(static_cast<float*>(s.dv), sample.length * shape.padded, 0.0f);
         for (int64_t head = sample.group * shape.share(); head < (sample.group + 1) * shape.share(); ++head) {
             for (int64_t start = 0; start < sample.length; start += BLOCK) {
                 Block block(start, sample, shape);
                 int64_t rows = block.rows(), keys = block.keys(), stride = shape.query_stride();
-                int64_t own = (sample.start + start) * stride + head * shape.size;
-                widen(q + own, stride, rows, shape.size, shape.scale, s.queries);
-                pack_rows(q + own, stride, rows, shape.size, s.query_rows);
-                widen(d_out + own, stride, rows, shape.size, 1.0f, s.d_rows);
-                pack_rows(d_out + own, stride, rows, shape.size, s.d_panels);
-                multiply<false>(s.queries, shape.size, 1, rows, s.keys + block.first * shape.size, shape.size,
-                                shape.size, keys, s.p, room);
-                multiply<false>(s.d_rows, shape.size, 1, rows, s.values + block.first * shape.size, shape.size,
-                                shape.size, keys, s.dp, room);
+                int64_t own = (sample.start + start) * stride + head * shape.size, q_stride = stride, d_stride = stride;
+                const F* queries = as_factors<F>(q + own, q_stride, rows, shape.size, s.queries);
+                const F* d_rows = as_factors<F>(d_out + own, d_stride, rows, shape.size, s.d_rows);
+                pack_rows<F>(q + own, stride, rows, shape.size, s.query_rows);
+                pack_rows<F>(d_out + own, stride, rows, shape.size, s.d_panels);
+                multiply<false, F>(queries, q_stride, DEPTH, rows, s.keys + block.first * shape.size, shape.size,
+                                   shape.size, keys, s.p, room);
+                multiply<false, F>(d_rows, d_stride, DEPTH, rows, s.values + block.first * shape.size, shape.size,
+                                   shape.size, keys, s.dp, room);
                 float sums[BLOCK];
                 exponentials(s.p, room, block, shape, sums);
                 score_gradients(s.p, s.dp, room, block, sums);
-                multiply<false>(s.dp, room, 1, rows, s.key_rows + block.first * PANEL, sample.length, keys, shape.size,
-                                s.dq, shape.padded);
+                multiply<false, F>(as_rows<F>(s.dp, room, rows, keys, s.rows), room, DEPTH, rows,
+                                   s.key_rows + block.first * PANEL, whole_depths<F>(sample.length), keys, shape.size,
+                                   s.dq, shape.padded);
                 narrow(s.dq, shape.padded, rows, shape.size, shape.scale, dq + own, stride);
-                multiply<true>(s.p, 1, room, keys, s.d_panels, rows, rows, shape.size,
-                               s.dv + block.first * shape.padded, shape.padded);
-                multiply<true>(s.dp, 1, room, keys, s.query_rows, rows, rows, shape.size,
-                               s.dk + block.first * shape.padded, shape.padded);
+                multiply<true, F>(turned<F>(s.p, room, rows, keys, s.turned), DEPTH, room * DEPTH, keys, s.d_panels,
+                                  whole_depths<F>(rows), rows, shape.size, s.dv + block.first * shape.padded,
+                                  shape.padded);
+                multiply<true, F>(turned<F>(s.dp, room, rows, keys, s.turned), DEPTH, room * DEPTH, keys, s.query_rows,
+                                  whole_depths<F>(rows), rows, shape.size, s.dk + block.first * shape.padded,
+                                  shape.padded);
             }
         }
         narrow(s.dk, shape.padded, sample.length, shape.size, shape.scale, dk + at, shape.key_stride());
@@ -215,13 +258,24 @@ void causal_attention_backward(const T* d_out, const T* q, const T* k, const T* 
     });
 }
 
+// Calls `body` with a number of what is multiplied: of pairs only where a head's features make whole ones.
+template <class T, class Body>
+void with_factors(int64_t size, Body body) {
+    if (size % Lanes<Multiplied<T>>::DEPTH)
+        body(float());
+    else
+        body(Multiplied<T>());
+}
+
 #define MOE_CAUSAL_ATTENTION(T, NAME)                                                                                 \
     MOE_EXPORT int causal_attention_forward_##NAME(                                                                   \
         const T* q, const T* k, const T* v, T* out, const int64_t* boundaries, int64_t num_samples, int64_t longest,  \
         int64_t heads, int64_t groups, int64_t size, int64_t window, int64_t threads) {                               \
         return guarded([&] {                                                                                          \
-            causal_attention_forward(q, k, v, out, boundaries, num_samples, longest,                                  \
-                                     Shape(heads, groups, size, window), threads);                                    \
+            with_factors<T>(size, [&](auto number) {                                                                  \
+                causal_attention_forward<decltype(number)>(q, k, v, out, boundaries, num_samples, longest,            \
+                                                           Shape(heads, groups, size, window), threads);              \
+            });                                                                                                       \
         });                                                                                                           \
     }                                                                                                                 \
     MOE_EXPORT int causal_attention_backward_##NAME(const T* d_out, const T* q, const T* k, const T* v, T* dq, T* dk, \
@@ -229,8 +283,10 @@ void causal_attention_backward(const T* d_out, const T* q, const T* k, const T* 
                                                     int64_t longest, int64_t heads, int64_t groups, int64_t size,     \
                                                     int64_t window, int64_t threads) {                                \
         return guarded([&] {                                                                                          \
-            causal_attention_backward(d_out, q, k, v, dq, dk, dv, boundaries, num_samples, longest,                   \
-                                      Shape(heads, groups, size, window), threads);                                   \
+            with_factors<T>(size, [&](auto number) {                                                                  \
+                causal_attention_backward<decltype(number)>(d_out, q, k, v, dq, dk, dv, boundaries, num_samples,      \
+                                                            longest, Shape(heads, groups, size, window), threads);    \
+            });                                                                                                       \
         });                                                                                                           \
     }
 MOE_CAUSAL_ATTENTION(float, float32)

@@ -17,7 +17,7 @@ _backward = CompiledFunction("causal_attention_backward", "ppppppppiiiiii")
 
 
 def causal_attention_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequence[int], window: int | None) -> Tensor:
-    """As the reference's, with probabilities in float32."""
+    """As the reference's, with the softmax in float32; probabilities are rounded to q's dtype where they meet v."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     _forward(q.dtype, q, k, v, out, *_settings(q, k, boundaries, window))
@@ -27,7 +27,7 @@ def causal_attention_forward(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequen
 def causal_attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, boundaries: Sequence[int], window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's, with probabilities and all sums in float32."""
+    """As the reference's, with the softmax and all sums in float32; products are of numbers in q's dtype."""
     d_out, q, k, v = d_out.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _backward(q.dtype, d_out, q, k, v, dq, dk, dv, *_settings(q, k, boundaries, window))
