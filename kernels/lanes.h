@@ -94,6 +94,11 @@ MOE_INLINE float value(bfloat16 x) {
     return y;
 }
 
+template <class F>
+MOE_INLINE int64_t whole_depths(int64_t n) {
+    return (n + Lanes<F>::DEPTH - 1) / Lanes<F>::DEPTH * Lanes<F>::DEPTH;
+}
+
 // A band of T, or what there is of it.
 template <class T>
 MOE_INLINE void store_band(T* to, Vector first, Vector second, Whole, Whole) {

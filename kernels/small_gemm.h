@@ -18,11 +18,6 @@ constexpr int MICRO_ROWS = 6;
 
 MOE_INLINE int64_t whole_panels(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 
-template <class F>
-MOE_INLINE int64_t whole_depths(int64_t n) {
-    return (n + Lanes<F>::DEPTH - 1) / Lanes<F>::DEPTH * Lanes<F>::DEPTH;
-}
-
 // Rows of T as the right factor [rows, columns], zeros behind the last column and the last row.
 template <class F, class T>
 void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, F* panels) {

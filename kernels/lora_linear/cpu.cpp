@@ -2,40 +2,60 @@
 // and their gradients.
 //
 // Rows are taken in tiles that stay in a core's cache, so that x, each y and each gradient pass through memory once.
-// Letters: I input features, O output features, R rank, n rows of a range, J projections.
-#include <vector>
-
-#include "../low_rank.h"
+// Letters: I input features, O output features, R rank, n rows of a range, J projections; F also names the type of what
+// is multiplied.
+#include "../factor_products.h"
 
 namespace moe {
 
+constexpr int64_t TILE = 24;    // rows of a task's inner step, which stay in a core's cache
+constexpr int64_t SLICE = 256;  // rows whose gradients of the factors are summed in one place
+
 // One adapter's factors on one projection.
+template <class F>
 struct Pair {
     const float *lora_a, *lora_b;       // [R, I], [O, R]
     int64_t rank, out_features, place;  // where its ranks stand among the range's
     float scaling;
+    Factors<F> of_a, of_b;  // A, and s B^T
+
+    Pair(const int64_t* described, int64_t features, int64_t out_features, int64_t place, float scaling, Read read_a,
+         Read read_b)
+        : lora_a(reinterpret_cast<const float*>(described[0])),
+          lora_b(reinterpret_cast<const float*>(described[1])),
+          rank(described[2]),
+          out_features(out_features),
+          place(place),
+          scaling(scaling),
+          of_a(1, rank, Columns{0, features}.whole_bands(), read_a),
+          of_b(1, rank, Columns{0, out_features}.whole_bands(), read_b) {}
+
+    void pack(int64_t features) {
+        of_a.fill(lora_a, {true}, {0, features}, features);
+        of_b.fill_turned(lora_b, {true}, {0, out_features}, out_features, scaling);
+    }
+
+    int64_t room() const { return whole_depths<F>(rank); }
+    Columns outputs() const { return {0, out_features}; }
 };
 
 // One adapter's rows.
-template <class T>
+template <class T, class F>
 struct Range {
     int64_t start, rows, ranks;
     const T* mask;  // [n, I] or none
     T* lowered;     // [n, sum R]
-    std::vector<Pair> pairs;
-    Buffer stacked_a;               // A of all, [sum R, I]
-    std::vector<Buffer> scaled_bs;  // s B^T of each projection, [R, O]
-
-    // Of a tile's rows of all ranks; a projection's last block of ranks may reach behind the last rank.
-    int64_t stride() const { return whole_ranks(ranks) + RANKS; }
+    std::vector<Pair<F>> pairs;
 };
 
 // As Python lays it out, all int64: of a range its first row, n, mask, lowered; of each of its pairs A, B and R.
-template <class T>
-std::vector<Range<T>> read_ranges(const int64_t* table, const double* scalings, const int64_t* widths,
-                                  int64_t num_ranges, int64_t num_projections) {
-    std::vector<Range<T>> ranges(num_ranges);
-    for (Range<T>& range : ranges) {
+template <class T, class F>
+std::vector<Range<T, F>> read_ranges(const int64_t* table, const double* scalings, const int64_t* widths,
+                                     int64_t features, int64_t num_ranges, int64_t num_projections, Read read_a,
+                                     Read read_b, int64_t threads) {
+    std::vector<Range<T, F>> ranges(num_ranges);
+    std::vector<Pair<F>*> all;
+    for (Range<T, F>& range : ranges) {
         range.start = table[0];
         range.rows = table[1];
         range.mask = reinterpret_cast<const T*>(table[2]);
@@ -43,44 +63,91 @@ std::vector<Range<T>> read_ranges(const int64_t* table, const double* scalings, 
         range.ranks = 0;
         table += 4;
         for (int64_t j = 0; j < num_projections; ++j, table += 3, ++scalings) {
-            range.pairs.push_back({reinterpret_cast<const float*>(table[0]), reinterpret_cast<const float*>(table[1]),
-                                   table[2], widths[j], range.ranks, static_cast<float>(*scalings)});
+            range.pairs.emplace_back(table, features, widths[j], range.ranks, static_cast<float>(*scalings), read_a,
+                                     read_b);
             range.ranks += table[2];
         }
+        for (Pair<F>& pair : range.pairs)
+            if (pair.rank) all.push_back(&pair);
     }
+    parallel(all.size(), threads, [&](int64_t i) { all[i]->pack(features); });
     return ranges;
 }
 
-// Factors in whole blocks of ranks, zeros behind the last one.
-template <class T>
-void pack_factors(std::vector<Range<T>>& ranges, int64_t features, int64_t threads) {
-    parallel(ranges.size(), threads, [&](int64_t i) {
-        Range<T>& range = ranges[i];
-        range.stacked_a = Buffer(whole_ranks(range.ranks) * features);
-        float* end = range.stacked_a;
-        for (const Pair& pair : range.pairs) {
-            end = std::copy_n(pair.lora_a, pair.rank * features, end);
-            Buffer& scaled = range.scaled_bs.emplace_back(whole_ranks(pair.rank) * pair.out_features);
-            for (int64_t o = 0; o < pair.out_features; ++o)
-                for (int64_t r = 0; r < pair.rank; ++r)
-                    scaled[r * pair.out_features + o] = pair.lora_b[o * pair.rank + r] * pair.scaling;
-            std::fill(scaled + pair.rank * pair.out_features, scaled + whole_ranks(pair.rank) * pair.out_features,
-                      0.0f);
-        }
-        std::fill(end, range.stacked_a + whole_ranks(range.ranks) * features, 0.0f);
-    });
+// Rows of T as what is multiplied, in whole bands and times a mask, `stride` apart: in `room`, or where they are.
+template <class F, class T>
+const F* as_factors(const T* from, const T* mask, int64_t rows, const Columns& columns, const Numbers<F>& room) {
+    if constexpr (std::is_same_v<T, F>)
+        if (!mask && columns.whole_bands() == columns.size) return from;
+    for (int64_t row = 0; row < rows; ++row)
+        columns.bands([&](int64_t offset, auto first, auto second) {
+            const int64_t at = row * columns.size + offset;
+            Vector low = load(from + at, first), high = load(from + at + W, second);
+            if (mask) {
+                low *= load(mask + at, first);
+                high *= load(mask + at + W, second);
+            }
+            Lanes<F>::store(room + row * columns.whole_bands() + offset, low, high);
+        });
+    return room;
 }
 
-// What the factors read of some rows of x: x itself, or its product with the mask in `room`.
-template <class T, class Body>
-void with_input(const Range<T>& range, const T* x, int64_t first, int64_t rows, int64_t features, float* room,
-                Body body) {
-    const T* own = x + (range.start + first) * features;
-    if (!range.mask) return body(own);
-    const T* mask = range.mask + first * features;
-    across(rows * features,
-           [&](int64_t i, auto count) { store(room + i, load(own + i, count) * load(mask + i, count), count); });
-    body(static_cast<const float*>(room));
+// Ranks of some rows as what is multiplied, [n, R] with zeros behind the last rank, and so turned that a row lies
+// beside the next, [n / DEPTH, R, DEPTH].
+template <class F>
+struct Ranks {
+    static constexpr int DEPTH = Lanes<F>::DEPTH;
+    Numbers<F> rows, turned;
+
+    explicit Ranks(int64_t most) : rows(TILE * (most + DEPTH)), turned((TILE + DEPTH) * most) {}
+
+    template <class From>
+    void read(const From* from, int64_t stride, int64_t size, int64_t rank) const {
+        const int64_t room = whole_depths<F>(rank);
+        for (int64_t row = 0; row < size; ++row) {
+            F* to = rows + row * room;
+            across(rank, [&](int64_t r, auto count) { store(to + r, load(from + row * stride + r, count), count); });
+            std::fill(to + rank, to + room, F{});
+        }
+    }
+
+    void turn(int64_t size, int64_t rank) const {
+        const int64_t room = whole_depths<F>(rank);
+        for (int64_t row = 0; row < size; row += DEPTH)
+            for (int64_t r = 0; r < rank; ++r)
+                for (int64_t k = 0; k < DEPTH; ++k)
+                    turned[row * rank + r * DEPTH + k] = row + k < size ? rows[(row + k) * room + r] : F{};
+    }
+};
+
+// Calls `body(row, count)` for groups of `rows`, the count of each known to the compiler: 4 as long as it can be.
+template <class Body>
+MOE_INLINE void by_fours(int64_t rows, Body body) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) body(row, std::integral_constant<int, 4>());
+    for (; row < rows; ++row) body(row, std::integral_constant<int, 1>());
+}
+
+// Adds to rows of a band what `raise_all(row, offset, sums)` adds up for them, times a mask if there is one.
+template <class T, class Raise>
+void add_raised(T* to, const T* mask, int64_t rows, const Columns& columns, Raise raise_all) {
+    by_fours(rows, [&](int64_t row, auto count) {
+        columns.bands([&](int64_t offset, auto first, auto second) {
+            Vector sums[count.value][2] = {};
+            const int64_t at = row * columns.size + offset;
+            raise_all(row, offset, sums);
+#pragma GCC unroll 4
+            for (int i = 0; i < count.value; ++i) {
+                const int64_t own = at + i * columns.size;
+                if (mask) {
+                    sums[i][0] *= load(mask + own, first);
+                    sums[i][1] *= load(mask + own + W, second);
+                }
+                store_band(to + own, load(to + own, first) + sums[i][0], load(to + own + W, second) + sums[i][1], first,
+                           second);
+            }
+        });
+    });
 }
 
 // Some rows of a range, counted from its own first.
@@ -88,8 +155,8 @@ struct Piece {
     int64_t range, first, last;
 };
 
-template <class T>
-std::vector<Piece> cut(const std::vector<Range<T>>& ranges, int64_t rows) {
+template <class Range>
+std::vector<Piece> cut(const std::vector<Range>& ranges, int64_t rows) {
     std::vector<Piece> pieces;
     for (int64_t i = 0; i < static_cast<int64_t>(ranges.size()); ++i)
         for (int64_t first = 0; first < ranges[i].rows; first += rows)
@@ -97,10 +164,10 @@ std::vector<Piece> cut(const std::vector<Range<T>>& ranges, int64_t rows) {
     return pieces;
 }
 
-template <class T>
-int64_t widest_stride(const std::vector<Range<T>>& ranges) {
+template <class Range>
+int64_t most_ranks(const std::vector<Range>& ranges) {
     int64_t most = 0;
-    for (const auto& range : ranges) most = std::max(most, range.stride());
+    for (const auto& range : ranges) most = std::max(most, range.ranks);
     return most;
 }
 
@@ -108,106 +175,139 @@ template <class T>
 void lora_linear_forward(const T* x, const int64_t* outputs, const int64_t* widths, const int64_t* table,
                          const double* scalings, int64_t features, int64_t num_ranges, int64_t num_projections,
                          int64_t threads) {
-    auto ranges = read_ranges<T>(table, scalings, widths, num_ranges, num_projections);
-    pack_factors(ranges, features, threads);
-    auto pieces = cut(ranges, TILE);
+    using F = Multiplied<T>;
+    const auto ranges = read_ranges<T, F>(table, scalings, widths, features, num_ranges, num_projections, Read::DOTS,
+                                          Read::RAISING, threads);
+    const auto pieces = cut(ranges, TILE);
+    const int64_t most = most_ranks(ranges);
+    const Columns inputs{0, features};
     struct Scratch {
-        Buffer x, lowered;
+        Numbers<F> x;
+        Ranks<F> lowered;
+        Buffer products;
     };
-    auto make = [&] { return Scratch{Buffer(TILE * features), Buffer(TILE * widest_stride(ranges))}; };
+    auto make = [&] { return Scratch{Numbers<F>(TILE * inputs.whole_bands()), Ranks<F>(most), Buffer(TILE * most)}; };
     parallel_with(pieces.size(), threads, make, [&](int64_t task, Scratch& s) {
         const Piece& piece = pieces[task];
-        const Range<T>& range = ranges[piece.range];
-        int64_t rows = piece.last - piece.first, stride = range.stride();
-        with_input(range, x, piece.first, rows, features, s.x,
-                   [&](auto* input) { dots(input, rows, range.stacked_a, range.ranks, features, s.lowered, stride); });
-        for (int64_t row = 0; row < rows; ++row)  // what is added is what backward will read
-            across(range.ranks, [&](int64_t i, auto count) {
-                T* kept = range.lowered + (piece.first + row) * range.ranks + i;
-                store(kept, load(s.lowered + row * stride + i, count), count);
-                store(s.lowered + row * stride + i, load(kept, count), count);
+        const auto& range = ranges[piece.range];
+        const int64_t rows = piece.last - piece.first, stride = inputs.whole_bands();
+        const F* input = as_factors<F>(x + (range.start + piece.first) * features,
+                                       range.mask ? range.mask + piece.first * features : nullptr, rows, inputs, s.x);
+        for (const auto& pair : range.pairs) {
+            if (!pair.rank) continue;
+            dots([&](int64_t i) { return input + i * stride; }, rows, pair.of_a.dotted, 0, inputs, s.products);
+            T* kept =
+                range.lowered + piece.first * range.ranks + pair.place;  // what is added is what backward will read
+            for (int64_t row = 0; row < rows; ++row)
+                across(pair.rank, [&](int64_t r, auto count) {
+                    store(kept + row * range.ranks + r, load(s.products + row * pair.rank + r, count), count);
+                });
+            s.lowered.read(kept, range.ranks, rows, pair.rank);
+            T* y = reinterpret_cast<T*>(outputs[&pair - range.pairs.data()]) +
+                   (range.start + piece.first) * pair.out_features;
+            add_raised<T>(y, nullptr, rows, pair.outputs(), [&](int64_t row, int64_t offset, auto& sums) {
+                raise(s.lowered.rows + row * pair.room(), pair.room(), pair.of_b.raising.band(0, offset), sums);
             });
-        for (int64_t j = 0; j < num_projections; ++j) {
-            if (!range.pairs[j].rank) continue;
-            T* y = reinterpret_cast<T*>(outputs[j]) + (range.start + piece.first) * widths[j];
-            add_combination<T>(s.lowered + range.pairs[j].place, stride, rows, range.scaled_bs[j], range.pairs[j].rank,
-                               widths[j], nullptr, y);
         }
     });
 }
 
-// The factors' gradients of one slice of rows: dA of all pairs, [sum R, I], and dB^T of each, [R, O].
+// The factors' gradients of one slice of rows, of each pair.
+template <class F>
 struct Partial {
-    Buffer d_a;
-    std::vector<Buffer> d_bs;
-};
+    std::vector<FactorSums<F>> d_as, d_bs;  // of A, and of B without the scaling
 
-template <class T>
-Partial nothing_for(const Range<T>& range, int64_t features) {
-    Partial partial{zeros(whole_ranks(range.ranks) * features), {}};
-    for (const Pair& pair : range.pairs) partial.d_bs.push_back(zeros(whole_ranks(pair.rank) * pair.out_features));
-    return partial;
-}
+    template <class T>
+    void begin(const Range<T, F>& range, int64_t features) {
+        for (const Pair<F>& pair : range.pairs) {
+            d_as.emplace_back(1, pair.rank, Columns{0, features}.whole_bands()).clear(1);
+            d_bs.emplace_back(1, pair.rank, pair.outputs().whole_bands()).clear(1);
+        }
+    }
+};
 
 template <class T>
 void lora_linear_backward(const T* x, const int64_t* d_outputs, const int64_t* widths, const int64_t* table,
                           const double* scalings, T* dx, const int64_t* gradients, int64_t features, int64_t num_ranges,
                           int64_t num_projections, int64_t threads) {
-    auto ranges = read_ranges<T>(table, scalings, widths, num_ranges, num_projections);
-    pack_factors(ranges, features, threads);
-    auto slices = cut(ranges, SLICE);
-    std::vector<Partial> partials(slices.size());
+    using F = Multiplied<T>;
+    const auto ranges = read_ranges<T, F>(table, scalings, widths, features, num_ranges, num_projections, Read::RAISING,
+                                          Read::DOTS, threads);
+    const auto slices = cut(ranges, SLICE);
+    const int64_t most = most_ranks(ranges);
+    const Columns inputs{0, features};
+    int64_t widest = 0;
+    for (int64_t j = 0; j < num_projections; ++j) widest = std::max(widest, Columns{0, widths[j]}.whole_bands());
+    std::vector<Partial<F>> partials(slices.size());
     struct Scratch {
-        Buffer x, lowered, da;
+        Numbers<F> x, dy;
+        Ranks<F> lowered;
+        std::vector<Ranks<F>> da;  // of each projection
+        Buffer products;
     };
     auto make = [&] {
-        int64_t size = TILE * widest_stride(ranges);
-        return Scratch{Buffer(TILE * features), Buffer(size), Buffer(size)};
+        Scratch s{Numbers<F>(TILE * inputs.whole_bands()),
+                  Numbers<F>(TILE * widest),
+                  Ranks<F>(most),
+                  {},
+                  Buffer(TILE * most)};
+        for (int64_t j = 0; j < num_projections; ++j) s.da.emplace_back(most);
+        return s;
     };
     parallel_with(slices.size(), threads, make, [&](int64_t task, Scratch& s) {
         const Piece& slice = slices[task];
-        const Range<T>& range = ranges[slice.range];
-        Partial& partial = partials[task] = nothing_for(range, features);
+        const auto& range = ranges[slice.range];
+        Partial<F>& partial = partials[task];
+        partial.begin(range, features);
         for (int64_t first = slice.first; first < slice.last; first += TILE) {
-            int64_t rows = std::min(TILE, slice.last - first), stride = range.stride();
-            for (int64_t row = 0; row < rows; ++row)
-                across(range.ranks, [&](int64_t i, auto count) {
-                    const T* kept = range.lowered + (first + row) * range.ranks + i;
-                    store(s.lowered + row * stride + i, load(kept, count), count);
-                });
-            for (int64_t j = 0; j < num_projections; ++j) {  // in order: a last block reaches into the next one's place
-                const Pair& pair = range.pairs[j];
-                if (!pair.rank) continue;
-                const T* dy = reinterpret_cast<const T*>(d_outputs[j]) + (range.start + first) * widths[j];
-                dots(dy, rows, range.scaled_bs[j], pair.rank, widths[j], s.da + pair.place, stride);
-                add_outer(s.lowered + pair.place, stride, dy, rows, pair.rank, widths[j], partial.d_bs[j]);
-            }
-            with_input(range, x, first, rows, features, s.x,
-                       [&](auto* input) { add_outer(s.da, stride, input, rows, range.ranks, features, partial.d_a); });
-            if (!dx) continue;
+            const int64_t rows = std::min(TILE, slice.last - first), stride = inputs.whole_bands();
             const T* mask = range.mask ? range.mask + first * features : nullptr;
-            add_combination(s.da, stride, rows, range.stacked_a, range.ranks, features, mask,
-                            dx + (range.start + first) * features);
+            const F* input = as_factors<F>(x + (range.start + first) * features, mask, rows, inputs, s.x);
+            for (int64_t j = 0; j < num_projections; ++j) {
+                const Pair<F>& pair = range.pairs[j];
+                if (!pair.rank) continue;
+                const Columns columns = pair.outputs();
+                const T* given = reinterpret_cast<const T*>(d_outputs[j]) + (range.start + first) * pair.out_features;
+                const F* dy = as_factors<F, T>(given, nullptr, rows, columns, s.dy);
+                auto dy_row = [&](int64_t i) { return dy + i * columns.whole_bands(); };
+                dots(dy_row, rows, pair.of_b.dotted, 0, columns, s.products);
+                s.da[j].read(static_cast<const float*>(s.products), pair.rank, rows, pair.rank);
+                s.da[j].turn(rows, pair.rank);
+                s.lowered.read(range.lowered + first * range.ranks + pair.place, range.ranks, rows, pair.rank);
+                s.lowered.turn(rows, pair.rank);
+                add_outer<F>(s.lowered.turned, dy_row, rows, partial.d_bs[j].sums, 0, columns);
+                add_outer<F>(
+                    s.da[j].turned, [&](int64_t i) { return input + i * stride; }, rows, partial.d_as[j].sums, 0,
+                    inputs);
+            }
+            if (!dx) continue;
+            add_raised<T>(dx + (range.start + first) * features, mask, rows, inputs,
+                          [&](int64_t row, int64_t offset, auto& sums) {
+                              for (int64_t j = 0; j < num_projections; ++j) {
+                                  const Pair<F>& pair = range.pairs[j];
+                                  if (pair.rank)
+                                      raise(s.da[j].rows + row * pair.room(), pair.room(),
+                                            pair.of_a.raising.band(0, offset), sums);
+                              }
+                          });
         }
     });
     // Each factor's own gradient, its slices added up in their order.
     parallel(num_ranges * num_projections, threads, [&](int64_t task) {
-        int64_t i = task / num_projections, j = task % num_projections;
-        const Pair& pair = ranges[i].pairs[j];
+        const int64_t i = task / num_projections, j = task % num_projections;
+        const Pair<F>& pair = ranges[i].pairs[j];
         if (!pair.rank) return;
-        float *d_a = reinterpret_cast<float*>(gradients[2 * task]),
-              *d_b = reinterpret_cast<float*>(gradients[2 * task + 1]);
-        int64_t size_a = pair.rank * features, size_b = pair.rank * pair.out_features;
-        Buffer turned = zeros(size_b);
-        std::fill_n(d_a, size_a, 0.0f);
+        FactorSums<F> d_a(1, pair.rank, inputs.whole_bands()), d_b(1, pair.rank, pair.outputs().whole_bands());
+        d_a.clear(1);
+        d_b.clear(1);
         for (size_t slice = 0; slice < slices.size(); ++slice) {
             if (slices[slice].range != i) continue;
-            add(d_a, partials[slice].d_a + pair.place * features, size_a);
-            add(turned, partials[slice].d_bs[j], size_b);
+            d_a.add(partials[slice].d_as[j]);
+            d_b.add(partials[slice].d_bs[j]);
         }
-        for (int64_t o = 0; o < pair.out_features; ++o)
-            for (int64_t r = 0; r < pair.rank; ++r)
-                d_b[o * pair.rank + r] = turned[r * pair.out_features + o] * pair.scaling;
+        d_b.scale(pair.scaling);
+        d_a.write(reinterpret_cast<float*>(gradients[2 * task]), 1, inputs, features);
+        d_b.write_turned(reinterpret_cast<float*>(gradients[2 * task + 1]), 1, pair.outputs(), pair.out_features);
     });
 }
 

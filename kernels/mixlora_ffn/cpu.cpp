@@ -2,7 +2,7 @@
 //
 // Letters as in pieces.h; F also names the type of what is multiplied.
 #include "ffn_group.h"
-#include "products.h"
+#include "lowered.h"
 #include "sums.h"
 
 namespace moe::mixlora_ffn {
@@ -16,9 +16,9 @@ struct ForwardScratch {
     Buffer products;
 
     ForwardScratch(const Group<T>& group, int64_t width)
-        : of_gate(group, width, Read::RAISING),
-          of_up(group, width, Read::RAISING),
-          of_down(group, width, Read::DOTS),
+        : of_gate(group.num_experts, group.rank, width, Read::RAISING),
+          of_up(group.num_experts, group.rank, width, Read::RAISING),
+          of_down(group.num_experts, group.rank, width, Read::DOTS),
           h(group, width),
           masked_h(group, width),
           products(BLOCK * group.top_k * group.rank) {}
@@ -121,12 +121,12 @@ struct BackwardScratch {
     Buffer dgates, products;
 
     BackwardScratch(const Group<T>& group, int64_t width)
-        : of_gate(group, width, Read::BOTH),
-          of_up(group, width, Read::BOTH),
-          of_down(group, width, Read::RAISING),
-          db1(group, width),
-          db3(group, width),
-          ddown_a(group, width),
+        : of_gate(group.num_experts, group.rank, width, Read::BOTH),
+          of_up(group.num_experts, group.rank, width, Read::BOTH),
+          of_down(group.num_experts, group.rank, width, Read::RAISING),
+          db1(group.num_experts, group.rank, width),
+          db3(group.num_experts, group.rank, width),
+          ddown_a(group.num_experts, group.rank, width),
           du1(group, width),
           du3(group, width),
           h(group, width),
@@ -219,7 +219,7 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
         s.of_gate.fill_turned(task.part.b1, task.chosen, task.columns, features, task.part.scaling);
         s.of_up.fill_turned(task.part.b3, task.chosen, task.columns, features, task.part.scaling);
         s.of_down.fill(task.part.down_a, task.chosen, task.columns, features);
-        for (const auto* sums : {&s.db1, &s.db3, &s.ddown_a}) sums->clear(task.chosen);
+        for (const auto* sums : {&s.db1, &s.db3, &s.ddown_a}) sums->clear(experts);
         for (const Block& block : task.blocks) {
             block.runs([&](const Run& run) {
                 by_twos(run,

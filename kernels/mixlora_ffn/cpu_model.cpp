@@ -2,7 +2,7 @@
 //
 // Letters as in pieces.h, and S stacks of factors that one input meets, or that add to one result: A of gate and up,
 // or B of down.
-#include "products.h"
+#include "lowered.h"
 
 namespace moe::mixlora_ffn {
 namespace {
@@ -49,7 +49,7 @@ std::vector<Factors<F>> all_factors(const TypedGroup<T>& group, const Plan<Model
     std::vector<Factors<F>> found;
     const Columns columns{0, group.features};
     for (int64_t i = 0; i < group.num_parts * group.num_stacks; ++i)
-        found.emplace_back(group, columns.whole_bands(), read);
+        found.emplace_back(group.num_experts, group.rank, columns.whole_bands(), read);
     parallel(found.size(), threads, [&](int64_t i) {
         const int64_t part = i / group.num_stacks;
         const auto* factors = reinterpret_cast<const float*>(plan.parts[part].stacks[i % group.num_stacks]);
@@ -137,7 +137,7 @@ void raise_all(const TypedGroup<T>& group, const T* lowered, T* result, int64_t 
     using F = Multiplied<T>;
     const Plan<ModelPart<T>> plan(group, group.features);
     const auto factors = all_factors<T, F>(group, plan, Read::RAISING, threads);
-    const int64_t rank = group.rank, ranks = whole_ranks<F>(rank), top_k = group.top_k, stacks = group.num_stacks;
+    const int64_t rank = group.rank, ranks = whole_depths<F>(rank), top_k = group.top_k, stacks = group.num_stacks;
     for (const ModelPart<T>& part : plan.parts) {
         const Factors<F>* own = &factors[(&part - plan.parts.data()) * stacks];
         parallel_runs(part.end - part.start, TOKENS, threads, [&](int64_t start, int64_t end) {
@@ -179,10 +179,10 @@ void outer(const TypedGroup<T>& group, const T* lowered, const T* x, float* grad
     for (int64_t stack = 0; stack < stacks; ++stack)
         turned.emplace_back(lowered + stack * group.all_ranks(), stacks * group.all_ranks(), group, plan, threads,
                             [](int64_t) { return 1.0f; });
-    auto make = [&] { return FactorSums<F>(group, plan.chunks.width); };
+    auto make = [&] { return FactorSums<F>(group.num_experts, group.rank, plan.chunks.width); };
     plan.run(threads, make, [&](const Task<ModelPart<T>>& task, const FactorSums<F>& sums) {
         for (int64_t stack = 0; stack < stacks; ++stack) {
-            sums.clear(task.chosen);
+            sums.clear(group.num_experts);
             for (const Block& block : task.blocks)
                 block.runs([&](const Run& run) {
                     add_outer(turned[stack].of_run(run), input.of(run, group.top_k, task.columns.start), run.size,

@@ -8,28 +8,12 @@
 
 #include <vector>
 
-#include "../lanes.h"
+#include "../factors.h"
 
 namespace moe::mixlora_ffn {
 
 constexpr int64_t BLOCK = 256;  // tokens
 constexpr int64_t LINE = 64;    // bytes of a cache's line
-
-// Columns of one chunk.
-struct Columns {
-    int64_t start, size;
-
-    // Calls `body(offset, count, count)` for their bands, with the counts of both vectors.
-    template <class Body>
-    MOE_INLINE void bands(Body body) const {
-        int64_t offset = 0;
-        for (; offset + BAND <= size; offset += BAND) body(offset, Whole(), Whole());
-        int64_t rest = size - offset;
-        if (rest) body(offset, std::min<int64_t>(rest, W), std::max<int64_t>(rest - W, 0));
-    }
-
-    int64_t whole_bands() const { return (size + BAND - 1) / BAND * BAND; }
-};
 
 struct Chunks {
     int64_t features, width, count;

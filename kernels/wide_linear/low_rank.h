@@ -4,7 +4,7 @@
 // features. Rows are read as they are, in whatever type.
 #pragma once
 
-#include "compiled.h"
+#include "../compiled.h"
 
 namespace moe {
 

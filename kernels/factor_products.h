@@ -1,65 +1,11 @@
-// Products of a run's choices with their expert's factors.
-//
-// Letters as in pieces.h, and N the choices of a run. What is multiplied is of numbers F, sums are float32.
+// Products of rows with low-rank factors (factors.h), and the factors' gradients.
 #pragma once
 
-#include "tables.h"
+#include "factors.h"
 
-namespace moe::mixlora_ffn {
+namespace moe {
 
-// Of every run's choices their expert's ranks, from [T, ER] in rows `stride` apart: as rows [N, R] with zeros behind
-// the last rank; and so turned that a choice lies beside the next, [N / DEPTH, R, DEPTH], each times a weight.
-template <class F>
-struct Lowered {
-    static constexpr int DEPTH = Lanes<F>::DEPTH;
-    int64_t rank, ranks;
-    Numbers<F> rows, turned;
-
-    // Rows alone.
-    template <class T, class Group, class Plan>
-    Lowered(const T* all, int64_t stride, const Group& group, const Plan& plan, int64_t threads)
-        : rank(group.rank), ranks(whole_ranks<F>(rank)), rows(all ? plan.room * ranks : 0) {
-        if (!all) return;
-        plan.each_block(threads, [&](size_t, const Block& block) {
-            block.runs([&](const Run& run) {
-                for (int64_t i = 0; i < run.size; ++i) {
-                    copy(all + run.choices[i] / group.top_k * stride + run.expert * rank, rank, row(run, i));
-                    std::fill(row(run, i) + rank, row(run, i) + ranks, F{});
-                }
-            });
-        });
-    }
-
-    // Both; `weight(choice)` is of what is turned.
-    template <class T, class Group, class Plan, class Weight>
-    Lowered(const T* all, int64_t stride, const Group& group, const Plan& plan, int64_t threads, Weight weight)
-        : Lowered(all, stride, group, plan, threads) {
-        if (!all) return;
-        turned = Numbers<F>(plan.room * rank);
-        plan.each_block(threads,
-                        [&](size_t, const Block& block) { block.runs([&](const Run& run) { turn(run, weight); }); });
-    }
-
-    F* row(const Run& run, int64_t i) const { return rows + (run.row + i) * ranks; }
-    F* of_run(const Run& run) const { return turned + run.row * rank; }
-
-private:
-    template <class Weight>
-    void turn(const Run& run, Weight weight) const {
-        std::fill_n(of_run(run), (run.size + DEPTH - 1) / DEPTH * DEPTH * rank, F{});
-        for (int64_t i = 0; i < run.size; ++i) {
-            F* to = of_run(run) + i / DEPTH * DEPTH * rank + i % DEPTH;
-            const float factor = weight(run.choices[i]);
-            across(rank, [&](int64_t r, auto count) {
-                F own[W];
-                moe::store(own, load(row(run, i) + r, count) * factor, Whole());
-                for (int64_t k = 0; k < count; ++k) to[(r + k) * DEPTH] = own[k];
-            });
-        }
-    }
-};
-
-// Adds to a band of ROWS choices their ranks [ROWS, R] times the expert's factors of that band.
+// Adds to a band of ROWS rows their ranks [ROWS, R] times an expert's factors of that band.
 template <int ROWS, class F>
 MOE_INLINE void raise(const F* lowered, int64_t ranks, const F* band, Vector (&sums)[ROWS][2]) {
     using L = Lanes<F>;
@@ -113,7 +59,7 @@ void dots(Row row, int64_t size, const Table<F>& table, int64_t expert, const Co
     });
 }
 
-// Adds to the gradients of an expert's factors: ranks of `size` choices, turned, times their rows,
+// Adds to the gradients of an expert's factors: ranks of `size` rows, turned, times these,
 // which `row(i)` finds.
 template <class F, class Row>
 void add_outer(const F* turned, Row row, int64_t size, const Table<float>& sums, int64_t expert,
@@ -148,4 +94,4 @@ void add_outer(const F* turned, Row row, int64_t size, const Table<float>& sums,
     }
 }
 
-}  // namespace moe::mixlora_ffn
+}  // namespace moe

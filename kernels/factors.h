@@ -1,16 +1,30 @@
-// One chunk's columns of the factors of a part's experts, and of the factors' gradients.
+// Low-rank factors as their products read them, and the factors' gradients.
 //
-// Letters as in pieces.h. Numbers lie as the products read them: band after band, in each the ranks.
+// What is multiplied is of numbers F (lanes.h), band after band of columns, in each the ranks; sums are float32.
+// Letters: E experts (one, where there are none), R rank, C columns in whole bands.
 #pragma once
 
-#include "pieces.h"
+#include <vector>
 
-namespace moe::mixlora_ffn {
+#include "lanes.h"
 
-template <class F>
-MOE_INLINE int64_t whole_ranks(int64_t rank) {
-    return (rank + Lanes<F>::DEPTH - 1) / Lanes<F>::DEPTH * Lanes<F>::DEPTH;
-}
+namespace moe {
+
+// Some of a factor's columns.
+struct Columns {
+    int64_t start, size;
+
+    // Calls `body(offset, count, count)` for their bands, with the counts of both vectors.
+    template <class Body>
+    MOE_INLINE void bands(Body body) const {
+        int64_t offset = 0;
+        for (; offset + BAND <= size; offset += BAND) body(offset, Whole(), Whole());
+        int64_t rest = size - offset;
+        if (rest) body(offset, std::min<int64_t>(rest, W), std::max<int64_t>(rest - W, 0));
+    }
+
+    int64_t whole_bands() const { return (size + BAND - 1) / BAND * BAND; }
+};
 
 // [E, C / BAND, R, BAND] of numbers F; or none.
 template <class F>
@@ -35,13 +49,13 @@ struct Factors {
     Table<F> raising, dotted;
     Numbers<F> given, rows;  // of one expert: as it is given, and [R, C]
 
-    template <class Group>
-    Factors(const Group& group, int64_t width, Read read)
+    // `width` columns in whole bands.
+    Factors(int64_t experts, int64_t rank, int64_t width, Read read)
         : raises(read != Read::DOTS),
           dots(read != Read::RAISING),
-          raising(group.num_experts, whole_ranks<F>(group.rank), width, raises),
-          dotted(group.num_experts, group.rank, width, dots),
-          given(group.rank * width),
+          raising(experts, whole_depths<F>(rank), width, raises),
+          dotted(experts, rank, width, dots),
+          given(rank * width),
           rows(raising.ranks * width) {
         std::memset(rows, 0, raising.ranks * width * sizeof(F));
     }
@@ -110,12 +124,18 @@ template <class F>
 struct FactorSums {
     Table<float> sums;
 
-    template <class Group>
-    FactorSums(const Group& group, int64_t width) : sums(group.num_experts, group.rank, width) {}
+    FactorSums(int64_t experts, int64_t rank, int64_t width) : sums(experts, rank, width) {}
 
     // Of all experts, as all of them are written.
-    void clear(const std::vector<bool>& chosen) const {
-        std::fill_n(static_cast<float*>(sums.numbers), chosen.size() * sums.ranks * sums.width, 0.0f);
+    void clear(int64_t experts) const {
+        std::fill_n(static_cast<float*>(sums.numbers), experts * sums.ranks * sums.width, 0.0f);
+    }
+
+    // Those of one expert.
+    void add(const FactorSums& more) const { moe::add(sums.numbers, more.sums.numbers, sums.ranks * sums.width); }
+    void scale(float factor) const {
+        across(sums.ranks * sums.width,
+               [&](int64_t i, auto count) { store(sums.numbers + i, load(sums.numbers + i, count) * factor, count); });
     }
 
     // To B, [E, F, R].
@@ -152,4 +172,4 @@ private:
     }
 };
 
-}  // namespace moe::mixlora_ffn
+}  // namespace moe
