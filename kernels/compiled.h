@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
@@ -24,12 +25,14 @@ extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned thre
 
 namespace moe {
 
-// What an exported function returns: 0, or 1 when there was not enough memory.
+// What an exported function returns: 0, 1 when there was not enough memory, 2 for an index out of its range.
 template <class Body>
 int guarded(Body body) {
     try {
         body();
         return 0;
+    } catch (const std::out_of_range&) {
+        return 2;
     } catch (...) {
         return 1;
     }

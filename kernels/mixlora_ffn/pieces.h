@@ -53,7 +53,10 @@ struct Block {
           bounds(group.num_experts + 1),
           places(choices.size()) {
         const int64_t first = start * group.top_k, last = end * group.top_k;
-        for (int64_t i = first; i < last; ++i) ++bounds[group.experts[i] + 1];
+        for (int64_t i = first; i < last; ++i) {
+            if (group.experts[i] < 0 || group.experts[i] >= group.num_experts) throw std::out_of_range("expert");
+            ++bounds[group.experts[i] + 1];
+        }
         for (int64_t e = 0; e < group.num_experts; ++e) bounds[e + 1] += bounds[e];
         std::vector<int64_t> next(bounds);
         for (int64_t i = first; i < last; ++i) {

@@ -27,6 +27,7 @@ struct Rows {
     template <class T, class Group, class Weight>
     void write_sums(const Block& block, const Columns& columns, const Group& group, T* to, Weight weight) const {
         const int64_t top_k = group.top_k;
+        const bool streams = group.tokens * group.features * static_cast<int64_t>(sizeof(T)) >= STREAMED;
         for (int64_t t = block.start; t < block.end; ++t) {
             const int64_t* places = &block.places[(t - block.start) * top_k];
             T* own = to + t * group.features + columns.start;
@@ -38,9 +39,13 @@ struct Rows {
                     sums[0] += load(more, Whole()) * factor;
                     sums[1] += load(more + W, Whole()) * factor;
                 }
-                store_band(own + i, sums[0], sums[1], first, second);
+                if (streams)
+                    stream_band(own + i, sums[0], sums[1], first, second);
+                else
+                    store_band(own + i, sums[0], sums[1], first, second);
             });
         }
+        if (streams) finish_streams();
     }
 };
 

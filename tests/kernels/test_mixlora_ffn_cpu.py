@@ -273,3 +273,11 @@ def test_parts_tell_their_tokens():
     assert all(isinstance(part, FfnPart) for part in mixture.parts)
     assert_close(hidden, torch.cat([own[0] for own in alone]), 1e-6)
     assert_close(lowered, torch.cat([own[1] for own in alone]), 1e-6)
+
+
+@pytest.mark.parametrize("wrong", [5, -1, 2**40])
+def test_an_expert_that_there_is_not(wrong):
+    case = make(9, e=5).to(F32)
+    case.arguments["experts"][7, 1] = wrong
+    with pytest.raises(IndexError, match="an index is out of range"):
+        both(ours, case)
