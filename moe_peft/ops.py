@@ -12,6 +12,7 @@ from moe_peft.kernels.mixlora_ffn.op import mixlora_ffn_group
 from moe_peft.kernels.recompute import Recomputable
 from moe_peft.kernels.rms_norm.op import rms_norm
 from moe_peft.kernels.rotary.op import rotary
+from moe_peft.kernels.routing.op import route
 from moe_peft.kernels.swiglu.op import swiglu
 from moe_peft.kernels.wide_linear.op import wide_linear
 
@@ -31,6 +32,7 @@ __all__ = [
     "needs_compiling",
     "rms_norm",
     "rotary",
+    "route",
     "swiglu",
     "wide_linear",
 ]

@@ -245,7 +245,7 @@ class MixLora(nn.Module):
             Hidden features ``[T, F]`` for the frozen down projection, and what the down experts add behind it
             ``[T, D]`` (None without down experts).
         """
-        gates, experts = route(router_logits, self.top_k_)
+        gates, experts = ops.route(router_logits, self.top_k_)
         return _mixlora_forward((self, *beside), x, gate, up, gates, experts, segments, batch)
 
     @property
@@ -290,20 +290,3 @@ def _mixlora_forward(
         downs += [down] if down else []
     return ops.mixlora_ffn_group(x, gate, up, gates, experts, parts, downs)
 
-
-def route(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Weights and indices of each token's experts.
-
-    Args:
-        router_logits: ``[N, E]``, at least float32.
-        top_k: K.
-
-    Returns:
-        Weights ``[N, K]`` and LongTensor experts ``[N, K]``, best first. The weights are the chosen probabilities,
-        renormalised to sum to one; for K = 1 they stay as they are, or the router would get no gradient from the task.
-    """
-    probabilities = router_logits.softmax(dim=1)
-    weights, experts = probabilities.topk(top_k, dim=1)
-    if top_k > 1:
-        weights = weights / weights.sum(dim=1, keepdim=True)
-    return weights, experts
