@@ -44,10 +44,7 @@ void wide_linear_backward(const float* dy, const T* x, const float* weight, T* d
                 for (int64_t row = 0; row < count; ++row)
                     std::copy_n(dy + (first + row) * outputs, outputs, own_dy + row * stride);
                 if (d_weight) add_outer(own_dy, stride, x + first * features, count, outputs, features, partials[task]);
-                if (dx) {
-                    std::memset(static_cast<void*>(dx + first * features), 0, count * features * sizeof(T));
-                    add_combination<T>(own_dy, stride, count, whole, outputs, features, nullptr, dx + first * features);
-                }
+                if (dx) combine(own_dy, stride, count, whole, outputs, features, dx + first * features);
             }
         });
     if (!d_weight) return;

@@ -85,10 +85,10 @@ void add_outer(const float* c, int64_t c_stride, const T* x, int64_t rows, int64
     }
 }
 
-// x[rows, features] += c[rows, ranks] factors[ranks, features], times a mask if there is one.
+// x[rows, features] = c[rows, ranks] factors[ranks, features].
 template <class T>
-void add_combination(const float* c, int64_t c_stride, int64_t rows, const float* factors, int64_t ranks,
-                     int64_t features, const T* mask, T* x) {
+void combine(const float* c, int64_t c_stride, int64_t rows, const float* factors, int64_t ranks, int64_t features,
+             T* x) {
     auto block = [&](int64_t row, auto height, int64_t i, auto vectors, auto count) {
         constexpr int H = decltype(height)::value, V = decltype(vectors)::value;
         Vector sums[H][V] = {};
@@ -102,11 +102,7 @@ void add_combination(const float* c, int64_t c_stride, int64_t rows, const float
 #pragma GCC unroll 8
         for (int k = 0; k < H; ++k)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) {
-                int64_t at = (row + k) * features + i + v * W;
-                Vector more = mask ? sums[k][v] * load(mask + at, count) : sums[k][v];
-                store(x + at, load(x + at, count) + more, count);
-            }
+            for (int v = 0; v < V; ++v) store(x + (row + k) * features + i + v * W, sums[k][v], count);
     };
     auto band = [&](int64_t row, auto height) {
         int64_t i = 0;
