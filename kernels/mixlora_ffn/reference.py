@@ -148,6 +148,10 @@ def factor_gradients(
 
 
 def _copied(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient in its factor's dtype and in memory that is all its own, as that of a single part may be already."""
+    own_bytes = gradient.numel() * gradient.element_size()
+    if gradient.dtype == like.dtype and gradient.is_contiguous() and gradient.untyped_storage().nbytes() == own_bytes:
+        return gradient
     return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(gradient)
 
 
