@@ -204,3 +204,35 @@ class GroupGradients:
     dp3: Tensor
     dgates: Tensor
     parts: Sequence[FactorGradients]
+
+
+def check_group(group: FfnGroup, downs: Sequence[ExpertFactors]) -> None:
+    """Refuse tensors that do not fit each other: compiled code reads what their shapes promise.
+
+    Raises:
+        ValueError: naming the tensor, what it is and what it must be.
+    """
+    (tokens, features), model, top_k = group.p1.shape, group.x.shape[-1], group.experts.shape[-1]
+    stack = group.num_experts, group.rank
+    rows: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("x", group.x, (tokens, model)),
+        ("p3", group.p3, (tokens, features)),
+        ("gates", group.gates, (tokens, top_k)),
+        ("experts", group.experts, (tokens, top_k)),
+    ]
+    for part in group.parts:
+        rows += [("x_mask", part.x_mask, (part.length, model)), ("h_mask", part.h_mask, (part.length, features))]
+        for name, pair in (("gate", part.gate), ("up", part.up)):
+            if pair is not None:
+                rows += [(f"{name}.lora_a", pair.lora_a, (*stack, model))]
+                rows += [(f"{name}.lora_b", pair.lora_b, (stack[0], features, stack[1]))]
+        rows.append(("down.lora_a", part.down_a, (*stack, features)))
+    rows += [("down.lora_b", down.lora_b, (stack[0], model, stack[1])) for down in downs]
+    for name, tensor, shape in rows:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}, as the other tensors are")
+    for name, tensor in (("x", group.x), ("p3", group.p3)):
+        if tensor.dtype != group.p1.dtype:
+            raise ValueError(f"{name} of {tensor.dtype} must be of the dtype of p1, {group.p1.dtype}")
+    if sum(group.lengths) != tokens:
+        raise ValueError(f"the parts' lengths {group.lengths} must add up to the {tokens} tokens")

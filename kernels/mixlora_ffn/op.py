@@ -12,7 +12,7 @@ from ..recompute import Recomputable, recomputed
 from ..registration import Differentiable, Gradients, Operator, runs_kernel
 from . import cpu, reference
 from .down import mixlora_down
-from .inputs import ExpertFactors, FactorGradients, FfnGroup, FfnPart, GroupGradients
+from .inputs import ExpertFactors, FactorGradients, FfnGroup, FfnPart, GroupGradients, check_group
 
 _Tensors = Sequence[Tensor]
 
@@ -229,8 +229,14 @@ def mixlora_ffn_group(
 
     Returns:
         h ``[T, F]`` and delta ``[T, D]`` (None without down experts).
+
+    Raises:
+        ValueError: for tensors that do not fit each other.
+        IndexError: for an expert that there is not (on a CPU).
     """
-    hidden, *rest = _mixlora_ffn(FfnGroup(x.value, p1, p3, gates, experts, parts), x.recipe, x.sources)
+    group = FfnGroup(x.value, p1, p3, gates, experts, parts)
+    check_group(group, downs)
+    hidden, *rest = _mixlora_ffn(group, x.recipe, x.sources)
     if not downs:
         return hidden, None
     lengths, scalings = [part.length for part in parts], [part.scaling for part in parts]

@@ -3,7 +3,6 @@
 Letters: N rows, E experts, K top-k.
 """
 
-import torch
 from torch import Tensor
 
 

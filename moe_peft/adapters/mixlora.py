@@ -289,4 +289,3 @@ def _mixlora_forward(
         parts.append(ops.FfnPart(length, of_gate, of_up, down_a, mixture.scaling_, x_mask, h_mask))
         downs += [down] if down else []
     return ops.mixlora_ffn_group(x, gate, up, gates, experts, parts, downs)
-

@@ -365,3 +365,21 @@ def test_compiled_equals_eager(places):
             assert not any(found is not None and found.any() for found in (compiled[name], expected))
         else:
             assert torch.equal(compiled[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("x", lambda x: x.float(), "x of torch.float32 must be of the dtype of p1, torch.float64"),
+        ("x", lambda x: x[:, :3], r"gate.lora_a \[4, 3, 5\] must be \[4, 3, 3\]|x_mask \[7, 5\] must be \[7, 3\]"),
+        ("p3", lambda p3: p3[:2], r"p3 \[2, 6\] must be \[7, 6\]"),
+        ("gates", lambda gates: gates[:, :1], r"gates \[7, 1\] must be \[7, 2\]"),
+        ("h_mask", lambda mask: mask[:, :1], r"h_mask \[7, 1\] must be \[7, 6\]"),
+        ("down", lambda pair: ExpertFactors(pair.lora_a[:, :1], pair.lora_b), r"down.lora_b|gate.lora_a|down.lora_a"),
+    ],
+)
+def test_tensors_that_do_not_fit_each_other(name, spoil, message):
+    case = make()
+    case.arguments[name] = spoil(case.arguments[name])
+    with pytest.raises(ValueError, match=message):
+        ours(**case.arguments)

@@ -24,7 +24,8 @@ def test_compiled_for_less(flag, tmp_path):
     programs.mkdir()
     wrapper = programs / "g++"
     # Its version is part of the library's name, so that no other one is taken for it.
-    wrapper.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "for less: {flag}" && exit\nexec {compiler} "$@" {flag}\n')
+    version = f'[ "$1" = --version ] && echo "for less: {flag}" && exit'
+    wrapper.write_text(f'#!/bin/sh\n{version}\nexec {compiler} "$@" {flag}\n')
     wrapper.chmod(0o755)
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "MOE_PEFT_CACHE": str(tmp_path)}
     environment.pop("PYTEST_ADDOPTS", None)
