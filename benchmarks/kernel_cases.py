@@ -189,7 +189,7 @@ def mixlora_ffn_case(sizes: Sizes) -> Case:
         of_ffn = FfnInputs(x, p1, p3, gates, experts, gate, up, down.lora_a, _SCALING, None, None)
         hidden, lowered, a1, a3 = mixlora_ffn_reference.mixlora_ffn_forward(of_ffn)
         assert lowered is not None
-        raised_b = down.flat_b(p1.dtype).mul(_SCALING)  # [ER, D]
+        raised_b = down.lora_b.mul(_SCALING).to(p1.dtype).mT.flatten(0, 1)  # [ER, D]
         outputs = [hidden, lowered @ raised_b]
         if upstream is None:
             return outputs, []

@@ -59,8 +59,8 @@ void dots(Row row, int64_t size, const Table<F>& table, int64_t expert, const Co
     });
 }
 
-// Adds to the gradients of an expert's factors: ranks of `size` rows, turned, times these,
-// which `row(i)` finds.
+// Adds to the gradients of an expert's factors: ranks of `size` rows, turned, times these
+// rows, which `row(i)` finds.
 template <class F, class Row>
 void add_outer(const F* turned, Row row, int64_t size, const Table<float>& sums, int64_t expert,
                const Columns& columns) {

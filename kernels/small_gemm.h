@@ -1,7 +1,7 @@
 // Matrix products small enough for a core's own cache, of numbers F (lanes.h) with float32 results.
 //
-// The right factor lies in panels of N columns, DEPTH rows of a panel beside each other and these one behind the other:
-// what the inner loop reads is one stream. Letters: M rows, K contracted, C columns.
+// The right factor lies in panels of PANEL columns, DEPTH rows of a panel beside each other and these one behind the
+// other: what the inner loop reads is one stream. Letters: M rows, K contracted, C columns.
 #pragma once
 
 #include "lanes.h"

@@ -20,7 +20,7 @@ _backward = CompiledFunction("lora_linear_backward", "pppppppiii")
 def lora_linear_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], ranges: Sequence[LoraRange]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As the reference's, with the factors in float32."""
+    """As the reference's, with all sums in float32; factors are rounded as ``lanes.h`` says."""
     outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     x = x.contiguous()
     lowered = [x.new_empty(part.end - part.start, sum(part.ranks)) for part in ranges]

@@ -45,7 +45,8 @@ class ModelProducts:
         dtype: of x and of all results.
         is_turned: whether the factors are.
 
-    All of it raises an IndexError for an expert that there is not.
+    Raises:
+        IndexError: by every product, for an expert that there is not.
     """
 
     def __init__(

@@ -22,10 +22,6 @@ class ExpertFactors:
     lora_a: Tensor
     lora_b: Tensor
 
-    def flat_b(self, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-        """All transposed B side by side, times a factor, ``[ER, out]``."""
-        return self.lora_b.mul(scaling).to(dtype).transpose(1, 2).flatten(0, 1)
-
 
 @dataclass(frozen=True)
 class FfnInputs:

@@ -26,5 +26,6 @@ def route_backward(d_weights: Tensor, kept: Tensor, experts: Tensor, num_experts
     """As the reference's."""
     rows, top_k = experts.shape
     d_logits = kept.new_empty(rows, num_experts)
-    _backward(torch.float32, d_weights.contiguous(), kept, experts, d_logits, rows, num_experts, top_k)
+    tensors = d_weights.contiguous(), kept.contiguous(), experts.contiguous()
+    _backward(torch.float32, *tensors, d_logits, rows, num_experts, top_k)
     return d_logits

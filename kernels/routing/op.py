@@ -61,7 +61,7 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         renormalised to sum to one; for K = 1 they stay as they are, or the router would get no gradient from the task.
 
     Raises:
-        ValueError: when there are fewer than K experts.
+        ValueError: when K is below 1 or above E.
     """
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k={top_k} must be from 1 to the number of experts, {logits.shape[1]}")

@@ -2,7 +2,7 @@
 // Letters: N rows, D features, E outputs.
 #include <vector>
 
-#include "low_rank.h"
+#include "narrow.h"
 
 namespace moe {
 

@@ -134,7 +134,7 @@ class MixLoraConfig(LoraConfig):
 
     def expert_counts(self, router_logits: tuple[Tensor, ...]) -> Tensor:
         """How many tokens every expert got, LongTensor ``[routed layers, E]``."""
-        chosen = [logits.topk(self.top_k, dim=1).indices.flatten() for logits in router_logits]
+        chosen = [ops.route(logits.detach(), self.top_k)[1].flatten() for logits in router_logits]
         return torch.stack([torch.bincount(experts, minlength=self.num_experts) for experts in chosen])
 
     def aux_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor:

@@ -6,6 +6,8 @@ Letters: T tokens of one adapter, E experts, K top-k, L routed layers.
 import torch
 from torch import Tensor
 
+from moe_peft import ops
+
 AUX_LOSS_TYPES = ("balance", "balance_per_layer", "cv2")
 
 
@@ -38,7 +40,7 @@ def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
     """
     num_experts = logits.shape[1]
     probabilities = logits.softmax(dim=1)  # [T, E]
-    chosen = probabilities.topk(top_k, dim=1).indices  # [T, K]
+    _, chosen = ops.route(logits.detach(), top_k)  # [T, K]; among equals, those that tokens went to
     share = torch.nn.functional.one_hot(chosen, num_experts).to(logits.dtype).mean(dim=0)  # [K, E]
     return num_experts * (share * probabilities.mean(dim=0)).sum()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moe_peft import ops
 from moe_peft.model.batch import Segment
 from moe_peft.model.cache import KVCache
 from moe_peft.model.draws import dropout_mask
@@ -45,7 +46,7 @@ class Replay:
 
 def chosen_experts(router_logits: Tensor, top_k: int) -> Tensor:
     """The experts with the k largest logits of ``[T, E]``, LongTensor ``[T, K]`` in ascending order."""
-    return router_logits.topk(top_k, dim=1).indices.sort(dim=1).values
+    return ops.route(router_logits.detach(), top_k)[1].sort(dim=1).values
 
 
 _replay: ContextVar[Replay | None] = ContextVar("replay", default=None)

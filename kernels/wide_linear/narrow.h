@@ -1,4 +1,4 @@
-// Products of rows with a few long factors, as low-rank adapters are made of.
+// Products of rows with few long vectors in float32, as a router has them.
 //
 // Factors lie as [ranks, features] in float32, whole blocks of RANKS ranks, so that every inner loop runs along the
 // features. Rows are read as they are, in whatever type.
