@@ -162,7 +162,6 @@ CASES = {
     "lora_dropout": [replace(LORA, lora_dropout=0.1), replace(MIXTURE, lora_dropout=0.1)],
     "top_k: 1": [replace(MIXTURE, top_k=1)],
     "router_jitter_noise": [replace(MIXTURE, router_jitter_noise=0.1)],
-    "cv2": [replace(MIXTURE, router_aux_loss_type="cv2")],
     "a norm on queries and keys": [LORA, MIXTURE],
 }
 # Held by tests of their own.
