@@ -131,6 +131,7 @@ def test_a_nan_stays_with_those_who_chose_its_expert(spoilt, dtype):
     found = both(ours, case)
     touched = (case.arguments["experts"] == 3).any(1)
     assert touched.any() and not touched.all()
+    assert found["gates"][touched].isnan().any()
     assert found["delta"][touched].isnan().any()
     for what in ("h", "delta", "x", "p1", "p3", "gates"):
         assert torch.equal(found[what][~touched], healthy[what][~touched]), what

@@ -168,6 +168,17 @@ CASES = {
 OTHER_CASES = {"carries no LoRA |", "carries no experts", "beside that", "Triton kernels", "flash attention"}
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["balance_per_layer", "cv2"])
+def test_the_kind_of_the_balance_loss_changes_nothing_for_a_token(kind, mode):
+    config, dtype = SHAPES["grouped heads"], torch.bfloat16
+    as_is, other = (
+        [kept_bytes(config, adapter, dtype, mode, length) for length in (3, 7)]
+        for adapter in (MIXTURE, replace(MIXTURE, router_aux_loss_type=kind))
+    )
+    assert other[1] - other[0] == as_is[1] - as_is[0]
+
+
 def test_every_case_is_tested():
     found = Counter(case for row in CHANGES for case in {*CASES, *OTHER_CASES} if case in f"{row[0]} |")
     assert found == Counter({*CASES, *OTHER_CASES})
