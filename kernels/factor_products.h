@@ -5,6 +5,43 @@
 
 namespace moe {
 
+// Rows of T as what is multiplied: in whole bands, times a mask if there is one.
+template <class F, class T>
+void write_factors(const T* from, const T* mask, int64_t rows, const Columns& columns, F* to) {
+    for (int64_t row = 0; row < rows; ++row, to += columns.whole_bands())
+        columns.bands([&](int64_t offset, auto first, auto second) {
+            const int64_t at = row * columns.size + offset;
+            Vector band[2];
+            load_band(from + at, first, second, band);
+            mask_band(band, mask ? mask + at : nullptr, first, second);
+            Lanes<F>::store(to + offset, band[0], band[1]);
+        });
+}
+
+// A row's ranks as what is multiplied, zeros behind the last one.
+template <class F, class From>
+MOE_INLINE void read_ranks(const From* from, int64_t rank, F* to) {
+    across(rank, [&](int64_t r, auto count) { store(to + r, load(from + r, count), count); });
+    std::fill(to + rank, to + whole_depths<F>(rank), F{});
+}
+
+// Such ranks of `size` rows, each times `weight(row)`, so turned that a row lies beside the next: [size / DEPTH, R,
+// DEPTH], zeros behind the last row.
+template <class F, class Weight>
+void turn(const F* rows, int64_t size, int64_t rank, F* to, Weight weight) {
+    constexpr int DEPTH = Lanes<F>::DEPTH;
+    std::fill_n(to, whole_depths<F>(size) * rank, F{});
+    for (int64_t i = 0; i < size; ++i) {
+        F* own = to + i / DEPTH * DEPTH * rank + i % DEPTH;
+        const float factor = weight(i);
+        across(rank, [&](int64_t r, auto count) {
+            F weighted[W];
+            store(weighted, load(rows + i * whole_depths<F>(rank) + r, count) * factor, Whole());
+            for (int64_t k = 0; k < count; ++k) own[(r + k) * DEPTH] = weighted[k];
+        });
+    }
+}
+
 // Adds to a band of ROWS rows their ranks [ROWS, R] times an expert's factors of that band.
 template <int ROWS, class F>
 MOE_INLINE void raise(const F* lowered, int64_t ranks, const F* band, Vector (&sums)[ROWS][2]) {
@@ -52,15 +89,16 @@ void dots(Row row, int64_t size, const Table<F>& table, int64_t expert, const Co
     const int64_t rank = table.ranks, end = columns.whole_bands();
     by_eights(rank, [&](int64_t r, auto count) {
         const F* band = table.band(expert, 0) + r * BAND;
-        int64_t i = 0;
-        for (; i + 2 <= size; i += 2)
-            few_dots<2, count.value, F>({row(i), row(i + 1)}, band, rank * BAND, end, to + i * rank + r, rank);
-        if (i < size) few_dots<1, count.value, F>({row(i)}, band, rank * BAND, end, to + i * rank + r, rank);
+        by_groups<2>(size, [&](int64_t i, auto rows) {
+            const F* own[rows.value];
+            for (int k = 0; k < rows.value; ++k) own[k] = row(i + k);
+            few_dots<rows.value, count.value>(own, band, rank * BAND, end, to + i * rank + r, rank);
+        });
     });
 }
 
-// Adds to the gradients of an expert's factors: ranks of `size` rows, turned, times these
-// rows, which `row(i)` finds.
+// Adds to the gradients of an expert's factors: ranks of `size` rows, turned, times these rows, which
+// `row(i)` finds.
 template <class F, class Row>
 void add_outer(const F* turned, Row row, int64_t size, const Table<float>& sums, int64_t expert,
                const Columns& columns) {

@@ -115,6 +115,20 @@ MOE_INLINE void store_band(T* to, Vector first, Vector second, int64_t count, in
     store(to + W, second, more);
 }
 
+template <class T, class First, class Second>
+MOE_INLINE void load_band(const T* from, First first, Second second, Vector (&to)[2]) {
+    to[0] = load(from, first);
+    to[1] = load(from + W, second);
+}
+
+// A band times a mask, if there is one.
+template <class T, class First, class Second>
+MOE_INLINE void mask_band(Vector (&band)[2], const T* mask, First first, Second second) {
+    if (!mask) return;
+    band[0] *= load(mask, first);
+    band[1] *= load(mask + W, second);
+}
+
 // Results of so many bytes would push out of the caches what is read next, and are not there themselves when they are.
 constexpr int64_t STREAMED = 4 << 20;
 
@@ -158,6 +172,15 @@ MOE_INLINE void by_eights(int64_t n, Body body) {
     if (n - start >= 4) next(std::integral_constant<int, 4>());
     if (n - start >= 2) next(std::integral_constant<int, 2>());
     if (n - start >= 1) next(std::integral_constant<int, 1>());
+}
+
+// Calls `body(start, count)` for parts of `n`, the count of each known to the compiler: MOST as long as it can be,
+// then 1.
+template <int MOST, class Body>
+MOE_INLINE void by_groups(int64_t n, Body body) {
+    int64_t start = 0;
+    for (; start + MOST <= n; start += MOST) body(start, std::integral_constant<int, MOST>());
+    for (; start < n; ++start) body(start, std::integral_constant<int, 1>());
 }
 
 // Few numbers, as ranks are.

@@ -81,11 +81,12 @@ const F* as_rows(const float* scores, int64_t stride, int64_t rows, int64_t keys
 template <class F>
 const F* turned(const float* scores, int64_t stride, int64_t rows, int64_t keys, const Numbers<F>& room) {
     if constexpr (std::is_same_v<F, float>) return scores;
-    for (int64_t row = 0; row < rows; row += 2)
+    constexpr int DEPTH = Lanes<F>::DEPTH;
+    for (int64_t row = 0; row < rows; row += DEPTH)
         for (int64_t i = 0; i < keys; i += W) {
             const float* own = scores + row * stride + i;
             Vector next = row + 1 < rows ? load(own + stride, Whole()) : Vector{};
-            Lanes<F>::store_beside(room + row * stride + i * 2, load(own, Whole()), next);
+            Lanes<F>::store_beside(room + row * stride + i * DEPTH, load(own, Whole()), next);
         }
     return room;
 }

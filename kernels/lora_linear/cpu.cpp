@@ -79,59 +79,32 @@ template <class F, class T>
 const F* as_factors(const T* from, const T* mask, int64_t rows, const Columns& columns, const Numbers<F>& room) {
     if constexpr (std::is_same_v<T, F>)
         if (!mask && columns.whole_bands() == columns.size) return from;
-    for (int64_t row = 0; row < rows; ++row)
-        columns.bands([&](int64_t offset, auto first, auto second) {
-            const int64_t at = row * columns.size + offset;
-            Vector low = load(from + at, first), high = load(from + at + W, second);
-            if (mask) {
-                low *= load(mask + at, first);
-                high *= load(mask + at + W, second);
-            }
-            Lanes<F>::store(room + row * columns.whole_bands() + offset, low, high);
-        });
+    write_factors<F>(from, mask, rows, columns, room);
     return room;
 }
 
-// Ranks of some rows as what is multiplied, [n, R] with zeros behind the last rank, and so turned that a row lies
-// beside the next, [n / DEPTH, R, DEPTH].
+// Ranks of a tile's rows as what is multiplied, [n, R], and turned.
 template <class F>
 struct Ranks {
-    static constexpr int DEPTH = Lanes<F>::DEPTH;
     Numbers<F> rows, turned;
 
-    explicit Ranks(int64_t most) : rows(TILE * (most + DEPTH)), turned((TILE + DEPTH) * most) {}
+    explicit Ranks(int64_t most) : rows(TILE * (most + Lanes<F>::DEPTH)), turned(whole_depths<F>(TILE) * most) {}
 
     template <class From>
     void read(const From* from, int64_t stride, int64_t size, int64_t rank) const {
-        const int64_t room = whole_depths<F>(rank);
-        for (int64_t row = 0; row < size; ++row) {
-            F* to = rows + row * room;
-            across(rank, [&](int64_t r, auto count) { store(to + r, load(from + row * stride + r, count), count); });
-            std::fill(to + rank, to + room, F{});
-        }
+        for (int64_t row = 0; row < size; ++row)
+            read_ranks(from + row * stride, rank, rows + row * whole_depths<F>(rank));
     }
 
     void turn(int64_t size, int64_t rank) const {
-        const int64_t room = whole_depths<F>(rank);
-        for (int64_t row = 0; row < size; row += DEPTH)
-            for (int64_t r = 0; r < rank; ++r)
-                for (int64_t k = 0; k < DEPTH; ++k)
-                    turned[row * rank + r * DEPTH + k] = row + k < size ? rows[(row + k) * room + r] : F{};
+        moe::turn<F>(rows, size, rank, turned, [](int64_t) { return 1.0f; });
     }
 };
-
-// Calls `body(row, count)` for groups of `rows`, the count of each known to the compiler: 4 as long as it can be.
-template <class Body>
-MOE_INLINE void by_fours(int64_t rows, Body body) {
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) body(row, std::integral_constant<int, 4>());
-    for (; row < rows; ++row) body(row, std::integral_constant<int, 1>());
-}
 
 // Adds to rows of a band what `raise_all(row, offset, sums)` adds up for them, times a mask if there is one.
 template <class T, class Raise>
 void add_raised(T* to, const T* mask, int64_t rows, const Columns& columns, Raise raise_all) {
-    by_fours(rows, [&](int64_t row, auto count) {
+    by_groups<4>(rows, [&](int64_t row, auto count) {
         columns.bands([&](int64_t offset, auto first, auto second) {
             Vector sums[count.value][2] = {};
             const int64_t at = row * columns.size + offset;
@@ -139,12 +112,10 @@ void add_raised(T* to, const T* mask, int64_t rows, const Columns& columns, Rais
 #pragma GCC unroll 4
             for (int i = 0; i < count.value; ++i) {
                 const int64_t own = at + i * columns.size;
-                if (mask) {
-                    sums[i][0] *= load(mask + own, first);
-                    sums[i][1] *= load(mask + own + W, second);
-                }
-                store_band(to + own, load(to + own, first) + sums[i][0], load(to + own + W, second) + sums[i][1], first,
-                           second);
+                Vector before[2];
+                load_band(to + own, first, second, before);
+                mask_band(sums[i], mask ? mask + own : nullptr, first, second);
+                store_band(to + own, before[0] + sums[i][0], before[1] + sums[i][1], first, second);
             }
         });
     });

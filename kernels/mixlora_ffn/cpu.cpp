@@ -1,8 +1,7 @@
 // The mixture of LoRA experts between the frozen products of a SwiGLU layer: all that is F wide, forward and backward.
 //
 // Letters as in pieces.h; F also names the type of what is multiplied.
-#include "ffn_group.h"
-#include "lowered.h"
+#include "choices.h"
 #include "sums.h"
 
 namespace moe::mixlora_ffn {
@@ -28,28 +27,11 @@ struct ForwardScratch {
 template <int ROWS, class T, class F>
 void forward_rows(const Group<T>& group, const Task<Part<T>>& task, const Run& run, int64_t i, const Lowered<F>& a1,
                   const Lowered<F>& a3, ForwardScratch<T, F>& s) {
-    int64_t at[ROWS], next[ROWS];
-    const T* masks[ROWS];
-    for (int row = 0; row < ROWS; ++row) {
-        const Place<T> place(group, task, run.choices[i + row]);
-        at[row] = place.at;
-        masks[row] = place.mask;
-        next[row] = Place<T>(group, task, run.choices[std::min(i + row + AHEAD, run.size - 1)]).at;
-    }
+    const Choices<ROWS, T> own(group, task, run, i);
     task.columns.bands([&](int64_t offset, auto first, auto second) {
         Vector u1[ROWS][2], u3[ROWS][2];
-#pragma GCC unroll 4
-        for (int row = 0; row < ROWS; ++row) {
-            const T *p1 = group.p1 + at[row] + offset, *p3 = group.p3 + at[row] + offset;
-            fetch(group.p1 + next[row] + offset);
-            fetch(group.p3 + next[row] + offset);
-            u1[row][0] = load(p1, first);
-            u1[row][1] = load(p1 + W, second);
-            u3[row][0] = load(p3, first);
-            u3[row][1] = load(p3 + W, second);
-        }
-        if (s.of_gate.is_there) raise<ROWS>(a1.row(run, i), a1.ranks, s.of_gate.raising.band(run.expert, offset), u1);
-        if (s.of_up.is_there) raise<ROWS>(a3.row(run, i), a3.ranks, s.of_up.raising.band(run.expert, offset), u3);
+        own.preactivations(group.p1, s.of_gate, a1, offset, first, second, u1);
+        own.preactivations(group.p3, s.of_up, a3, offset, first, second, u3);
 #pragma GCC unroll 4
         for (int row = 0; row < ROWS; ++row) {
             Vector h[2], s1[2];
@@ -58,9 +40,9 @@ void forward_rows(const Group<T>& group, const Task<Part<T>>& task, const Run& r
             for (int v = 0; v < 2; ++v) h[v] = u1[row][v] * s1[v] * u3[row][v];
             const int64_t place = run.place + i + row;
             Lanes<F>::store(s.h.row(place) + offset, h[0], h[1]);
-            if (!masks[row]) continue;
-            const T* mask = masks[row] + offset;
-            Lanes<F>::store(s.masked_h.row(place) + offset, h[0] * load(mask, first), h[1] * load(mask + W, second));
+            if (!own.masks[row]) continue;
+            mask_band(h, own.masks[row] + offset, first, second);
+            Lanes<F>::store(s.masked_h.row(place) + offset, h[0], h[1]);
         }
     });
 }
@@ -69,8 +51,7 @@ template <class T>
 void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
     using F = Multiplied<T>;
     const Plan<Part<T>> plan(group, CHUNK);
-    const int64_t rank = group.rank;
-    const int64_t stride = group.all_ranks();
+    const int64_t rank = group.rank, stride = group.all_ranks();
     const Lowered<F> a1(group.a1, stride, group, plan, threads), a3(group.a3, stride, group, plan, threads);
     const Shares shares(group.tokens * group.top_k, lowered ? rank : 0, plan.chunks.count);
     auto make = [&] { return ForwardScratch<T, F>(group, plan.chunks.width); };
@@ -81,7 +62,8 @@ void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
         const Rows<F>& read = task.part.h_mask ? s.masked_h : s.h;
         for (const Block& block : task.blocks) {
             block.runs([&](const Run& run) {
-                by_twos(run, [&](int64_t i, auto rows) { forward_rows<rows.value>(group, task, run, i, a1, a3, s); });
+                by_groups<2>(run.size,
+                             [&](int64_t i, auto rows) { forward_rows<rows.value>(group, task, run, i, a1, a3, s); });
                 if (!s.of_down.is_there) return;
                 dots(read.of(run), run.size, s.of_down.dotted, run.expert, task.columns, s.products);
                 for (int64_t i = 0; i < run.size; ++i)
@@ -93,7 +75,7 @@ void forward(const Group<T>& group, T* hidden, T* lowered, int64_t threads) {
         }
     });
     for (const Part<T>& part : plan.parts)
-        if (lowered) shares.scatter(group, part, lowered, group.all_ranks(), threads);
+        if (lowered) shares.scatter(group, part, lowered, stride, threads);
 }
 
 // What comes in, and what goes out; a null for what is not there.
@@ -139,44 +121,20 @@ struct BackwardScratch {
 template <int ROWS, class T, class F>
 void backward_rows(const Group<T>& group, const Gradients<T>& grads, const Task<Part<T>>& task, const Run& run,
                    int64_t i, const AllLowered<F>& low, BackwardScratch<T, F>& s) {
-    int64_t at[ROWS], next[ROWS];
-    const T* masks[ROWS];
-    float gates[ROWS];
-    for (int row = 0; row < ROWS; ++row) {
-        const Place<T> place(group, task, run.choices[i + row]);
-        at[row] = place.at;
-        masks[row] = place.mask;
-        gates[row] = group.gates[run.choices[i + row]];
-        next[row] = Place<T>(group, task, run.choices[std::min(i + row + AHEAD, run.size - 1)]).at;
-    }
+    const Choices<ROWS, T> own(group, task, run, i);
     Vector dgates[ROWS] = {};
     task.columns.bands([&](int64_t offset, auto first, auto second) {
         Vector u1[ROWS][2], u3[ROWS][2], down[ROWS][2] = {};
+        own.fetch(grads.dhidden, offset);
+        own.preactivations(group.p1, s.of_gate, low.a1, offset, first, second, u1);
+        own.preactivations(group.p3, s.of_up, low.a3, offset, first, second, u3);
+        own.add_raised(s.of_down, low.z, offset, down);
 #pragma GCC unroll 4
         for (int row = 0; row < ROWS; ++row) {
-            const T *p1 = group.p1 + at[row] + offset, *p3 = group.p3 + at[row] + offset;
-            fetch(group.p1 + next[row] + offset);
-            fetch(group.p3 + next[row] + offset);
-            fetch(grads.dhidden + next[row] + offset);
-            u1[row][0] = load(p1, first);
-            u1[row][1] = load(p1 + W, second);
-            u3[row][0] = load(p3, first);
-            u3[row][1] = load(p3 + W, second);
-        }
-        if (s.of_gate.is_there)
-            raise<ROWS>(low.a1.row(run, i), low.a1.ranks, s.of_gate.raising.band(run.expert, offset), u1);
-        if (s.of_up.is_there)
-            raise<ROWS>(low.a3.row(run, i), low.a3.ranks, s.of_up.raising.band(run.expert, offset), u3);
-        if (s.of_down.is_there)
-            raise<ROWS>(low.z.row(run, i), low.z.ranks, s.of_down.raising.band(run.expert, offset), down);
-#pragma GCC unroll 4
-        for (int row = 0; row < ROWS; ++row) {
-            const T* dhidden = grads.dhidden + at[row] + offset;
-            Vector dh[2] = {load(dhidden, first), load(dhidden + W, second)}, mask[2] = {splat(1.0f), splat(1.0f)};
-            if (masks[row]) {
-                mask[0] = load(masks[row] + offset, first);
-                mask[1] = load(masks[row] + offset + W, second);
-            }
+            Vector dh[2], mask[2] = {splat(1.0f), splat(1.0f)};
+            load_band(grads.dhidden + own.at[row] + offset, first, second, dh);
+            if (own.masks[row]) load_band(own.masks[row] + offset, first, second, mask);
+            const float gate = group.gates[run.choices[i + row]];
             Vector du1[2], du3[2], h[2], s1[2];
             sigmoid(u1[row], s1);
 #pragma GCC unroll 2
@@ -185,7 +143,7 @@ void backward_rows(const Group<T>& group, const Gradients<T>& grads, const Task<
                 Vector silu = u1[row][v] * s1[v];
                 h[v] = silu * u3[row][v];
                 dgates[row] += all * h[v];
-                all *= gates[row];
+                all *= gate;
                 du3[v] = all * silu;
                 du1[v] = all * u3[row][v] * (s1[v] + silu * (1.0f - s1[v]));
                 h[v] *= mask[v];
@@ -204,9 +162,8 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
     using F = Multiplied<T>;
     const Plan<Part<T>> plan(group, CHUNK);
     const int64_t choices = group.tokens * group.top_k, rank = group.rank, features = group.features;
-    const int64_t experts = group.num_experts, factors = group.all_ranks() * features;
+    const int64_t experts = group.num_experts, stride = group.all_ranks(), factors = stride * features;
     auto one = [](int64_t) { return 1.0f; };
-    const int64_t stride = group.all_ranks();
     const AllLowered<F> low{
         {group.a1, stride, group, plan, threads, one},
         {group.a3, stride, group, plan, threads, one},
@@ -222,8 +179,9 @@ void backward(const Group<T>& group, const Gradients<T>& grads, int64_t threads)
         for (const auto* sums : {&s.db1, &s.db3, &s.ddown_a}) sums->clear(experts);
         for (const Block& block : task.blocks) {
             block.runs([&](const Run& run) {
-                by_twos(run,
-                        [&](int64_t i, auto rows) { backward_rows<rows.value>(group, grads, task, run, i, low, s); });
+                by_groups<2>(run.size, [&](int64_t i, auto rows) {
+                    backward_rows<rows.value>(group, grads, task, run, i, low, s);
+                });
                 auto add = [&](const F* turned, const Rows<F>& rows, const FactorSums<F>& sums) {
                     add_outer(turned, rows.of(run), run.size, sums.sums, run.expert, task.columns);
                 };

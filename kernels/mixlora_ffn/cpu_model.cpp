@@ -19,6 +19,7 @@ struct ModelPart {
     float scaling;          // of every factor
 };
 
+template <class T>
 struct ModelGroup {
     const int64_t* experts;    // [T, K]
     const int64_t* described;  // [P, 2 + S]: a part's length, and its addresses in the order of `ModelPart`
@@ -26,10 +27,8 @@ struct ModelGroup {
     int64_t tokens, features, num_parts, num_experts, top_k, rank, num_stacks, is_turned;
 
     int64_t all_ranks() const { return num_experts * rank; }
-};
+    Columns columns() const { return {0, features}; }
 
-template <class T>
-struct TypedGroup : ModelGroup {
     std::vector<ModelPart<T>> parts() const {
         std::vector<ModelPart<T>> found;
         int64_t start = 0;
@@ -44,10 +43,10 @@ struct TypedGroup : ModelGroup {
 
 // The factors of every part and stack, [P * S].
 template <class T, class F>
-std::vector<Factors<F>> all_factors(const TypedGroup<T>& group, const Plan<ModelPart<T>>& plan, Read read,
+std::vector<Factors<F>> all_factors(const ModelGroup<T>& group, const Plan<ModelPart<T>>& plan, Read read,
                                     int64_t threads) {
     std::vector<Factors<F>> found;
-    const Columns columns{0, group.features};
+    const Columns columns = group.columns();
     for (int64_t i = 0; i < group.num_parts * group.num_stacks; ++i)
         found.emplace_back(group.num_experts, group.rank, columns.whole_bands(), read);
     parallel(found.size(), threads, [&](int64_t i) {
@@ -69,32 +68,22 @@ struct Input {
     int64_t stride;
     Numbers<F> own;
 
-    Input(const T* x, const TypedGroup<T>& group, int64_t threads) : rows(nullptr), stride(group.features) {
-        const Columns columns{0, group.features};
+    Input(const T* x, const ModelGroup<T>& group, int64_t threads)
+        : rows(nullptr), stride(group.columns().whole_bands()) {
         const auto parts = group.parts();
-        const bool is_masked = std::any_of(parts.begin(), parts.end(), [](const auto& part) { return part.mask; });
         if constexpr (std::is_same_v<T, F>)
-            if (!is_masked && columns.whole_bands() == stride) {
+            if (stride == group.features &&
+                std::none_of(parts.begin(), parts.end(), [](auto& part) { return part.mask; })) {
                 rows = x;
                 return;
             }
-        const int64_t features = stride;
-        stride = columns.whole_bands();
         own = Numbers<F>(group.tokens * stride);
         rows = own;
         for (const ModelPart<T>& part : parts)
             parallel_runs(part.end - part.start, TOKENS, threads, [&](int64_t start, int64_t end) {
-                for (int64_t i = start; i < end; ++i)
-                    columns.bands([&](int64_t offset, auto first, auto second) {
-                        const T* from = x + (part.start + i) * features + offset;
-                        Vector low = load(from, first), high = load(from + W, second);
-                        if (part.mask) {
-                            const T* mask = part.mask + i * features + offset;
-                            low *= load(mask, first);
-                            high *= load(mask + W, second);
-                        }
-                        Lanes<F>::store(own + (part.start + i) * stride + offset, low, high);
-                    });
+                const int64_t first = part.start + start;
+                write_factors<F>(x + first * group.features, part.mask ? part.mask + start * group.features : nullptr,
+                                 end - start, group.columns(), own + first * stride);
             });
     }
 
@@ -106,7 +95,7 @@ struct Input {
 
 // Inner products of every token with the rows of its experts, zeros for all others: of each stack, [T, ER].
 template <class T>
-void lower(const TypedGroup<T>& group, const T* x, const int64_t* results, int64_t threads) {
+void lower(const ModelGroup<T>& group, const T* x, const int64_t* results, int64_t threads) {
     using F = Multiplied<T>;
     const Plan<ModelPart<T>> plan(group, group.features);
     const Input<T, F> input(x, group, threads);
@@ -119,7 +108,7 @@ void lower(const TypedGroup<T>& group, const T* x, const int64_t* results, int64
             std::memset(result + block.start * all, 0, (block.end - block.start) * all * sizeof(T));
             block.runs([&](const Run& run) {
                 dots(input.of(run, group.top_k, 0), run.size, factors[part * group.num_stacks + stack].dotted,
-                     run.expert, Columns{0, group.features}, products);
+                     run.expert, group.columns(), products);
                 for (int64_t i = 0; i < run.size; ++i) {
                     T* to = result + run.choices[i] / group.top_k * all + run.expert * rank;
                     across(rank,
@@ -133,7 +122,7 @@ void lower(const TypedGroup<T>& group, const T* x, const int64_t* results, int64
 // Every token's sum, over its experts and all stacks, of their factors weighted by `lowered`, [T, S, ER]; times the
 // mask: [T, D].
 template <class T>
-void raise_all(const TypedGroup<T>& group, const T* lowered, T* result, int64_t threads) {
+void raise_all(const ModelGroup<T>& group, const T* lowered, T* result, int64_t threads) {
     using F = Multiplied<T>;
     const Plan<ModelPart<T>> plan(group, group.features);
     const auto factors = all_factors<T, F>(group, plan, Read::RAISING, threads);
@@ -142,24 +131,20 @@ void raise_all(const TypedGroup<T>& group, const T* lowered, T* result, int64_t 
         const Factors<F>* own = &factors[(&part - plan.parts.data()) * stacks];
         parallel_runs(part.end - part.start, TOKENS, threads, [&](int64_t start, int64_t end) {
             Numbers<F> weights(top_k * stacks * ranks);
-            std::memset(weights, 0, top_k * stacks * ranks * sizeof(F));
             for (int64_t t = part.start + start; t < part.start + end; ++t) {
                 const int64_t* experts = group.experts + t * top_k;
                 for (int64_t k = 0; k < top_k; ++k)
                     for (int64_t stack = 0; stack < stacks; ++stack)
-                        copy(lowered + ((t * stacks + stack) * group.num_experts + experts[k]) * rank, rank,
-                             weights + (k * stacks + stack) * ranks);
-                Columns{0, group.features}.bands([&](int64_t offset, auto first, auto second) {
+                        read_ranks(lowered + ((t * stacks + stack) * group.num_experts + experts[k]) * rank, rank,
+                                   weights + (k * stacks + stack) * ranks);
+                group.columns().bands([&](int64_t offset, auto first, auto second) {
                     Vector sums[1][2] = {};
                     for (int64_t k = 0; k < top_k; ++k)
                         for (int64_t stack = 0; stack < stacks; ++stack)
                             raise<1>(weights + (k * stacks + stack) * ranks, ranks,
                                      own[stack].raising.band(experts[k], offset), sums);
-                    if (part.mask) {
-                        const T* mask = part.mask + (t - part.start) * group.features + offset;
-                        sums[0][0] *= load(mask, first);
-                        sums[0][1] *= load(mask + W, second);
-                    }
+                    const int64_t at = (t - part.start) * group.features + offset;
+                    mask_band(sums[0], part.mask ? part.mask + at : nullptr, first, second);
                     store_band(result + t * group.features + offset, sums[0][0], sums[0][1], first, second);
                 });
             }
@@ -170,7 +155,7 @@ void raise_all(const TypedGroup<T>& group, const T* lowered, T* result, int64_t 
 // The gradients of the factors, without their scaling, [P, S, E, R, D], or turned [P, S, E, D, R]: of each token's
 // `lowered` [T, S, ER], at the ranks of its experts, times its row of x.
 template <class T>
-void outer(const TypedGroup<T>& group, const T* lowered, const T* x, float* gradients, int64_t threads) {
+void outer(const ModelGroup<T>& group, const T* lowered, const T* x, float* gradients, int64_t threads) {
     using F = Multiplied<T>;
     const Plan<ModelPart<T>> plan(group, CHUNK);
     const Input<T, F> input(x, group, threads);
@@ -202,12 +187,8 @@ void outer(const TypedGroup<T>& group, const T* lowered, const T* x, float* grad
 #define MOE_MODEL_GROUP                                                                                        \
     const int64_t *experts, const int64_t *described, const float *scalings, int64_t tokens, int64_t features, \
         int64_t num_parts, int64_t num_experts, int64_t top_k, int64_t rank, int64_t num_stacks, int64_t is_turned
-#define MOE_GIVEN_GROUP                                                                                                \
-    {                                                                                                                  \
-        {                                                                                                              \
-            experts, described, scalings, tokens, features, num_parts, num_experts, top_k, rank, num_stacks, is_turned \
-        }                                                                                                              \
-    }
+#define MOE_GIVEN_GROUP \
+    {experts, described, scalings, tokens, features, num_parts, num_experts, top_k, rank, num_stacks, is_turned}
 #define MOE_MIXLORA_MODEL(T, NAME)                                                                              \
     MOE_EXPORT int mixlora_lower_##NAME(MOE_MODEL_GROUP, const T* x, const int64_t* results, int64_t threads) { \
         return guarded([&] { lower<T>(MOE_GIVEN_GROUP, x, results, threads); });                                \

@@ -1,4 +1,4 @@
-// What of the mixture is F wide, as Python describes it, and how a run's choices are walked.
+// What of the mixture is F wide, as Python describes it.
 //
 // Letters as in pieces.h.
 #pragma once
@@ -42,32 +42,5 @@ struct Group {
         return found;
     }
 };
-
-// Where a choice's columns of a chunk are.
-template <class T>
-struct Place {
-    int64_t at;  // in [T, F]
-    const T* mask;
-
-    Place(const Group<T>& group, const Task<Part<T>>& task, int64_t choice)
-        : at(choice / group.top_k * group.features + task.columns.start),
-          mask(task.part.h_mask ? task.part.h_mask + at - task.part.start * group.features : nullptr) {}
-};
-
-constexpr int64_t AHEAD = 2;  // choices
-
-// Fetch a band of what is read in an order that no processor foresees.
-template <class T>
-MOE_INLINE void fetch(const T* band) {
-    for (int64_t i = 0; i < BAND; i += LINE / sizeof(T)) __builtin_prefetch(band + i);
-}
-
-// Calls `body(i, rows)` for a run's choices: two at a time as long as there are two.
-template <class Body>
-MOE_INLINE void by_twos(const Run& run, Body body) {
-    int64_t i = 0;
-    for (; i + 2 <= run.size; i += 2) body(i, std::integral_constant<int, 2>());
-    if (i < run.size) body(i, std::integral_constant<int, 1>());
-}
 
 }  // namespace moe::mixlora_ffn

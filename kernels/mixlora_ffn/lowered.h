@@ -12,7 +12,6 @@ namespace moe::mixlora_ffn {
 // the last rank; and so turned that a choice lies beside the next, [N / DEPTH, R, DEPTH], each times a weight.
 template <class F>
 struct Lowered {
-    static constexpr int DEPTH = Lanes<F>::DEPTH;
     int64_t rank, ranks;
     Numbers<F> rows, turned;
 
@@ -23,10 +22,8 @@ struct Lowered {
         if (!all) return;
         plan.each_block(threads, [&](size_t, const Block& block) {
             block.runs([&](const Run& run) {
-                for (int64_t i = 0; i < run.size; ++i) {
-                    copy(all + run.choices[i] / group.top_k * stride + run.expert * rank, rank, row(run, i));
-                    std::fill(row(run, i) + rank, row(run, i) + ranks, F{});
-                }
+                for (int64_t i = 0; i < run.size; ++i)
+                    read_ranks(all + run.choices[i] / group.top_k * stride + run.expert * rank, rank, row(run, i));
             });
         });
     }
@@ -37,27 +34,15 @@ struct Lowered {
         : Lowered(all, stride, group, plan, threads) {
         if (!all) return;
         turned = Numbers<F>(plan.room * rank);
-        plan.each_block(threads,
-                        [&](size_t, const Block& block) { block.runs([&](const Run& run) { turn(run, weight); }); });
+        plan.each_block(threads, [&](size_t, const Block& block) {
+            block.runs([&](const Run& run) {
+                turn<F>(row(run, 0), run.size, rank, of_run(run), [&](int64_t i) { return weight(run.choices[i]); });
+            });
+        });
     }
 
     F* row(const Run& run, int64_t i) const { return rows + (run.row + i) * ranks; }
     F* of_run(const Run& run) const { return turned + run.row * rank; }
-
-private:
-    template <class Weight>
-    void turn(const Run& run, Weight weight) const {
-        std::fill_n(of_run(run), (run.size + DEPTH - 1) / DEPTH * DEPTH * rank, F{});
-        for (int64_t i = 0; i < run.size; ++i) {
-            F* to = of_run(run) + i / DEPTH * DEPTH * rank + i % DEPTH;
-            const float factor = weight(run.choices[i]);
-            across(rank, [&](int64_t r, auto count) {
-                F own[W];
-                moe::store(own, load(row(run, i) + r, count) * factor, Whole());
-                for (int64_t k = 0; k < count; ++k) to[(r + k) * DEPTH] = own[k];
-            });
-        }
-    }
 };
 
 }  // namespace moe::mixlora_ffn

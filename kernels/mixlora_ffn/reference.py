@@ -140,14 +140,14 @@ def factor_gradients(
             if stack is None or db is None:
                 pairs.append(None)
                 continue
-            d_lora_a = _copied(next(d_as).view_as(stack.lora_a), stack.lora_a)
-            pairs.append((d_lora_a, _copied(db[i], stack.lora_b).mul_(part.scaling)))
-        d_down = _copied(d_down_a[i], part.down_a) if part.down_a is not None and d_down_a is not None else None
+            d_lora_a = _owned(next(d_as).view_as(stack.lora_a), stack.lora_a)
+            pairs.append((d_lora_a, _owned(db[i], stack.lora_b).mul_(part.scaling)))
+        d_down = _owned(d_down_a[i], part.down_a) if part.down_a is not None and d_down_a is not None else None
         found.append(FactorGradients(pairs[0], pairs[1], d_down))
     return found
 
 
-def _copied(gradient: Tensor, like: Tensor) -> Tensor:
+def _owned(gradient: Tensor, like: Tensor) -> Tensor:
     """The gradient in its factor's dtype and in memory that is all its own, as that of a single part may be already."""
     own_bytes = gradient.numel() * gradient.element_size()
     if gradient.dtype == like.dtype and gradient.is_contiguous() and gradient.untyped_storage().nbytes() == own_bytes:

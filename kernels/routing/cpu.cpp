@@ -43,7 +43,8 @@ void route_forward(const float* logits, float* weights, int64_t* experts, float*
                     total += own[k];
                     left[best] = -1;
                 }
-                for (int64_t k = 0; k < top_k && top_k > 1; ++k) own[k] /= total;
+                if (top_k > 1)
+                    for (int64_t k = 0; k < top_k; ++k) own[k] /= total;
             }
         });
 }
